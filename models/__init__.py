@@ -1,0 +1,1 @@
+"""The models that ship with albor, as package data (import name: albor_models)."""
