@@ -135,7 +135,7 @@ class EngineConfig:
     """While other sequences decode, a step's share of prefill takes about this long, so that a
     long prompt does not stall their text."""
     speculate: bool = True
-    """Draft tokens by prompt lookup where the backend's measured cost of extra rows says it pays."""
+    """Draft tokens by prompt lookup where the measured cost of extra rows says that it pays."""
     max_draft_len: int = 8
     """Most tokens drafted for one verify."""
 
@@ -150,11 +150,15 @@ class EngineConfig:
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-                raise ConfigError(f"{name} is {value!r}: it must be a whole number, {low} to {high}")
+                raise ConfigError(
+                    f"{name} is {value!r}: it must be a whole number, {low} to {high}"
+                )
         for name in ("queue_timeout_ms", "busy_prefill_ms"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
-                raise ConfigError(f"{name} is {value!r}: it must be a positive number of milliseconds")
+                raise ConfigError(
+                    f"{name} is {value!r}: it must be a positive number of milliseconds"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +178,7 @@ class SamplingParams:
     min_p: float = 0.0
     """Drop tokens less likely than min_p times the most likely one."""
     repetition_penalty: float = 1.0
-    """Divide positive logits of tokens already present, multiply negative ones (Keskar et al. 2019)."""
+    """Divide positive logits of tokens already present, multiply negative ones (Keskar 2019)."""
     presence_penalty: float = 0.0
     """Subtracted once from the logit of each token already generated."""
     frequency_penalty: float = 0.0

@@ -52,6 +52,8 @@ class GenerateRequest:
     cursor but was left out of `prompt`); they are not returned."""
     session: str | None = None
     """A newer request of the same session cancels this one; the session's cache is protected."""
+    group: str | None = None
+    """Requests of one group (the choices of one HTTP request) do not supersede each other."""
     deadline_ms: float | None = None
     """Time from submission after which the answer ends with what there is."""
     priority: Priority = "interactive"

@@ -1,0 +1,727 @@
+"""The engine: one thread that owns the backend and turns requests into events.
+
+Each turn of its loop: take in new requests and cancels → admit waiting requests to free slots →
+one decode step for all running sequences (several drafted tokens for a lone one) → one chunk of
+prefill for the sequence that waits longest. So a long prompt never stalls running text for longer
+than a chunk, and a cancel takes effect within one backend call, which the abort flag cuts short.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from albor_serve.backends.base import Aborted, Backend, ExtendStep, LogitRows, LogitsFor
+from albor_serve.config import EngineConfig
+from albor_serve.errors import (
+    AlborError,
+    BackendError,
+    EngineClosedError,
+    PromptTooLongError,
+    QueueFullError,
+    QueueTimeoutError,
+    RequestError,
+)
+from albor_serve.healing import ForcedBytes, TokenIndex
+from albor_serve.kv_slots import Slot, SlotTable
+from albor_serve.sampler import Sampled, Sampler, log_softmax, top_logprobs
+from albor_serve.sequence import (
+    Delta,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    GenerateRequest,
+    Timings,
+    TokenInfo,
+)
+from albor_serve.speculate import Draft, DraftPolicy, RowCosts, propose
+from albor_serve.stopping import TextAssembler
+from albor_serve.tokenizer import Tokenizer
+
+__all__ = ["Engine", "EngineStats", "SlotView", "Ticket"]
+
+logger = logging.getLogger(__name__)
+
+TokenArray = npt.NDArray[np.int32]
+EventSink = Callable[[Event], None]
+
+PROMPT_LOGPROBS_CHUNK_LEN = 32
+"""Rows of logits are 4·vocab_size bytes each: few at a time keep memory flat."""
+MIN_BUSY_CHUNK_LEN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class SlotView:
+    """One slot at one moment."""
+
+    index: int
+    num_cached_tokens: int
+    session: str | None
+    is_busy: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """The engine at one moment; counters run since its start."""
+
+    num_running: int
+    num_waiting: int
+    slots: tuple[SlotView, ...]
+    num_requests: int
+    num_finished: int
+    num_cancelled: int
+    num_failed: int
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_new_tokens: int
+    num_draft_tokens: int
+    num_accepted: int
+    failure: str | None
+    """Why the backend can't be used any more; None while it can."""
+
+
+class Ticket:
+    """A submitted request, for cancelling it."""
+
+    def __init__(self, request_id: str, cancel: Callable[[], None]) -> None:
+        self.request_id = request_id
+        self._cancel = cancel
+
+    def cancel(self) -> None:
+        """Stop the request. From any thread, at any time; harmless once it has ended.
+
+        A `Finished` event with reason "cancelled" follows unless another ending came first.
+        """
+        self._cancel()
+
+
+@dataclass(slots=True, eq=False)
+class _Sequence:
+    """One request's state. Written by the engine thread, except `is_cancelled`."""
+
+    request: GenerateRequest
+    request_id: str
+    emit: EventSink
+    prompt: TokenArray
+    submitted_s: float
+    sampler: Sampler
+    text: TextAssembler
+    timings: Timings = field(default_factory=Timings)
+    is_cancelled: bool = False
+    admitted_s: float = 0.0
+    decode_started_s: float = 0.0
+    slot: Slot | None = None
+    num_tokens: int = 0
+    """Prompt and sampled tokens in slot.tokens; those beyond slot.cached_len are not computed."""
+    is_decoding: bool = False
+    forced: ForcedBytes | None = None
+    prompt_infos: list[TokenInfo] = field(default_factory=list)
+
+    @property
+    def is_background(self) -> bool:
+        return self.request.priority == "background"
+
+    @property
+    def deadline_s(self) -> float:
+        limit_ms = self.request.deadline_ms
+        return float("inf") if limit_ms is None else self.submitted_s + limit_ms / 1000
+
+    @property
+    def held_slot(self) -> Slot:
+        assert self.slot is not None, "only an admitted sequence runs"
+        return self.slot
+
+
+_State = Literal["new", "running", "closing", "closed"]
+
+
+class Engine:
+    """Owns a backend and answers requests with it.
+
+    `submit`, `Ticket.cancel`, `stats` and `close` may be called from any thread. Events of a
+    request arrive in order on the engine's thread; a sink must return quickly.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        config: EngineConfig,
+        row_costs: RowCosts | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """The engine closes `backend` when it is closed itself.
+
+        Without `row_costs` nothing is drafted and prefill chunks are not fitted to time.
+        """
+        info = backend.info
+        self._backend = backend
+        self._tokenizer = tokenizer
+        self._config = config
+        self._clock = clock
+        self._max_seq_len = min(config.max_seq_len, info.max_seq_len)
+        self._slots = SlotTable(min(config.num_slots, info.num_slots), self._max_seq_len, clock)
+        self._prefill_ms_per_token = row_costs.prefill_ms_per_token if row_costs else 0.0
+        self._draft_policy = DraftPolicy(row_costs) if row_costs and config.speculate else None
+        self._token_index: TokenIndex | None = None
+        self._ids = count(1)
+
+        self._lock = threading.Lock()
+        self._wake = threading.Condition(self._lock)
+        # Shared with other threads, under the lock:
+        self._state: _State = "new"
+        self._inbox: list[_Sequence] = []
+        self._waiting: list[_Sequence] = []
+        self._running: list[_Sequence] = []
+        self._in_flight: tuple[_Sequence, ...] = ()
+        self._failure: BackendError | None = None
+        self._totals = Timings()
+        self._num_requests = self._num_finished = self._num_cancelled = self._num_failed = 0
+
+        self._thread = threading.Thread(target=self._run, name="albor-engine", daemon=True)
+
+    @property
+    def backend(self) -> Backend:
+        """The backend; only its `info` may be read while the engine runs."""
+        return self._backend
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that prompts must be made with."""
+        return self._tokenizer
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens that one sequence may hold, prompt and answer together."""
+        return self._max_seq_len
+
+    # ---- other threads ---------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the engine's thread; call it once."""
+        with self._lock:
+            self._state = "running"
+        self._thread.start()
+
+    def submit(self, request: GenerateRequest, on_event: EventSink) -> Ticket:
+        """Queue a request; `on_event` gets its events on the engine's thread.
+
+        A request with a session cancels that session's earlier ones.
+
+        Raises:
+            RequestError: a token id is outside the vocabulary. PromptTooLongError: it does not
+                fit. QueueFullError, EngineClosedError, BackendError: the engine can't take it.
+        """
+        sequence = self._make_sequence(request, on_event)
+        with self._lock:
+            if self._failure is not None:
+                raise self._failure
+            if self._state != "running":
+                raise EngineClosedError("the server is shutting down: try again later")
+            self._check_queue()
+            if request.session is not None:
+                self._supersede(request.session, request.group)
+            self._inbox.append(sequence)
+            self._num_requests += 1
+            # A background warm-up must not delay a person.
+            if (
+                not sequence.is_background
+                and self._in_flight
+                and all(other.is_background for other in self._in_flight)
+            ):
+                self._backend.abort.set()
+            self._wake.notify()
+        return Ticket(sequence.request_id, lambda: self._cancel(sequence))
+
+    def stats(self) -> EngineStats:
+        """A snapshot for people and metrics."""
+        with self._lock:
+            return EngineStats(
+                num_running=len(self._running),
+                num_waiting=len(self._inbox) + len(self._waiting),
+                slots=tuple(
+                    SlotView(s.index, s.cached_len, s.session, s.is_busy) for s in self._slots.slots
+                ),
+                num_requests=self._num_requests,
+                num_finished=self._num_finished,
+                num_cancelled=self._num_cancelled,
+                num_failed=self._num_failed,
+                num_prompt_tokens=self._totals.num_prompt_tokens,
+                num_cached_tokens=self._totals.num_cached_tokens,
+                num_new_tokens=self._totals.num_new_tokens,
+                num_draft_tokens=self._totals.num_draft_tokens,
+                num_accepted=self._totals.num_accepted,
+                failure=None if self._failure is None else str(self._failure),
+            )
+
+    def close(self, *, drain_s: float = 0.0) -> None:
+        """Take no more requests, wait up to `drain_s` for running ones, cancel the rest, and
+        free the backend. Closing twice is harmless."""
+        with self._lock:
+            if self._state == "new":
+                self._state = "closed"
+                self._backend.close()
+                return
+            if self._state == "running":
+                self._state = "closing"
+            self._wake.notify()
+        if drain_s > 0:
+            self._thread.join(drain_s)
+        with self._lock:
+            for sequence in (*self._inbox, *self._waiting, *self._running):
+                self._mark_cancelled(sequence)
+            self._wake.notify()
+        self._thread.join()
+
+    def _make_sequence(self, request: GenerateRequest, on_event: EventSink) -> _Sequence:
+        vocab_size = self._backend.info.vocab_size
+        prompt_len = len(request.prompt)
+        if prompt_len + (request.max_new_tokens > 0) > self._max_seq_len:
+            raise PromptTooLongError(prompt_len, self._max_seq_len)
+        if not all(0 <= token_id < vocab_size for token_id in request.prompt):
+            raise RequestError(
+                f"a prompt token id is outside this model's vocabulary: use 0 to {vocab_size - 1}",
+                param="prompt",
+            )
+        if not all(0 <= token_id < vocab_size for token_id, _ in request.sampling.logit_bias):
+            raise RequestError(
+                f"a logit_bias token id is outside this model's vocabulary: use 0 to "
+                f"{vocab_size - 1}",
+                param="logit_bias",
+            )
+        banned = self._tokenizer.eos_token_ids if request.ignore_eos else ()
+        return _Sequence(
+            request=request,
+            request_id=f"req-{next(self._ids)}",
+            emit=on_event,
+            prompt=np.array(request.prompt, dtype=np.int32),
+            submitted_s=self._clock(),
+            sampler=Sampler(request.sampling, vocab_size, request.prompt, banned),
+            text=TextAssembler(request.stop),
+        )
+
+    def _check_queue(self) -> None:
+        num_free = sum(not slot.is_busy for slot in self._slots.slots)
+        num_waiting = len(self._inbox) + len(self._waiting)
+        if num_waiting >= self._config.max_queue_len + num_free:
+            raise QueueFullError(
+                f"{num_waiting} requests are waiting already and the limit is "
+                f"{self._config.max_queue_len}: try again later or start the server with more slots"
+            )
+
+    def _supersede(self, session: str, group: str | None) -> None:
+        for sequence in (*self._inbox, *self._waiting, *self._running):
+            request = sequence.request
+            same_group = group is not None and request.group == group
+            if request.session == session and not same_group:
+                self._mark_cancelled(sequence)
+
+    def _cancel(self, sequence: _Sequence) -> None:
+        with self._lock:
+            self._mark_cancelled(sequence)
+            self._wake.notify()
+
+    def _mark_cancelled(self, sequence: _Sequence) -> None:
+        sequence.is_cancelled = True
+        if self._in_flight and all(other.is_cancelled for other in self._in_flight):
+            self._backend.abort.set()
+
+    # ---- the engine's thread ---------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._take_in():
+                self._drop_ended()
+                self._admit()
+                self._step()
+        except BaseException as error:
+            logger.exception("the engine stopped on an internal error")
+            self._give_up(BackendError(f"the engine stopped on an internal error ({error!r})"))
+        finally:
+            with self._lock:
+                self._state = "closed"
+            self._backend.close()
+
+    def _take_in(self) -> bool:
+        """Wait for something to do; False when the engine is closed and empty."""
+        with self._lock:
+            while True:
+                self._waiting += self._inbox
+                self._inbox.clear()
+                if self._running or self._waiting:
+                    return True
+                if self._state == "closing":
+                    return False
+                self._wake.wait()
+
+    def _drop_ended(self) -> None:
+        """End requests that were cancelled or whose time is up."""
+        now = self._clock()
+        queue_timeout_s = self._config.queue_timeout_ms / 1000
+        for sequence in (*self._waiting, *self._running):
+            if sequence.is_cancelled:
+                self._finish(sequence, "cancelled")
+            elif now >= sequence.deadline_s:
+                self._finish(sequence, "deadline")
+            elif sequence.slot is None and now - sequence.submitted_s > queue_timeout_s:
+                self._fail(
+                    sequence,
+                    QueueTimeoutError(
+                        f"the request waited {self._config.queue_timeout_ms:g} ms for a slot, "
+                        f"which is the limit: try again later or start the server with more slots"
+                    ),
+                )
+
+    def _admit(self) -> None:
+        """Give free slots to waiting requests, people's before background ones."""
+        for sequence in sorted(self._waiting, key=lambda s: s.is_background):
+            request, prompt = sequence.request, sequence.prompt
+            max_reuse = prompt.size - (request.max_new_tokens > 0)
+            if request.prompt_logprobs:
+                max_reuse = 0
+            choice = self._slots.choose(prompt, request.session, max_reuse)
+            if choice is None:
+                return
+            slot, reuse_len = choice.slot, choice.reuse_len
+            try:
+                if choice.fork_from is not None:
+                    self._backend.fork(choice.fork_from.index, slot.index, reuse_len)
+                else:
+                    self._backend.rewind(slot.index, reuse_len)
+                # A cache that can't be cut (sliding window, recurrent) may hold less.
+                reuse_len = min(reuse_len, self._backend.length(slot.index))
+            except BackendError as error:
+                self._on_backend_error([sequence], error)
+                continue
+            now = self._clock()
+            slot.cached_len = reuse_len
+            slot.tokens[: prompt.size] = prompt
+            sequence.slot = slot
+            sequence.num_tokens = prompt.size
+            sequence.admitted_s = now
+            if request.forced_bytes:
+                sequence.forced = ForcedBytes(self._get_token_index(), request.forced_bytes)
+            sequence.timings.queue_ms = (now - sequence.submitted_s) * 1000
+            sequence.timings.num_prompt_tokens = prompt.size
+            sequence.timings.num_cached_tokens = reuse_len
+            with self._lock:
+                self._slots.acquire(slot, request.session)
+                self._waiting.remove(sequence)
+                self._running.append(sequence)
+
+    def _get_token_index(self) -> TokenIndex:
+        if self._token_index is None:
+            self._token_index = TokenIndex(self._tokenizer)
+        return self._token_index
+
+    def _step(self) -> None:
+        runnable = list(self._running)
+        if any(not sequence.is_background for sequence in runnable):
+            runnable = [sequence for sequence in runnable if not sequence.is_background]
+        decoding = [sequence for sequence in runnable if sequence.is_decoding]
+        prefilling = [sequence for sequence in runnable if not sequence.is_decoding]
+        if decoding:
+            self._decode(decoding)
+        if prefilling:
+            # Shortest first: a warm prompt that lacks two tokens passes a cold one.
+            sequence = min(prefilling, key=lambda s: s.num_tokens - s.held_slot.cached_len)
+            self._prefill(sequence, is_alone=not decoding)
+
+    def _prefill(self, sequence: _Sequence, *, is_alone: bool) -> None:
+        """Compute one chunk of a prompt; at its end sample the first token."""
+        slot, request = sequence.held_slot, sequence.request
+        begin = slot.cached_len
+        end = min(sequence.num_tokens, begin + self._chunk_len(sequence, is_alone=is_alone))
+        is_last = end == sequence.num_tokens
+        if begin == end:  # a warm-up whose prompt is all cached
+            self._finish(sequence, "length")
+            return
+        rows: LogitsFor = "none"
+        if request.prompt_logprobs:
+            rows = "all"
+        elif is_last and request.max_new_tokens > 0:
+            rows = "last"
+        started = self._clock()
+        step = ExtendStep(slot.index, slot.tokens[begin:end].tolist(), rows)
+        logits = self._extend([sequence], [step])
+        if logits is None:
+            return
+        self._note_prefill_speed(end - begin, self._clock() - started)
+        if request.prompt_logprobs:
+            self._add_prompt_infos(sequence, logits[0], begin)
+        if not is_last:
+            return
+        if sequence.timings.first_token_ms is None:
+            sequence.decode_started_s = self._clock()
+            sequence.timings.prefill_ms = (sequence.decode_started_s - sequence.admitted_s) * 1000
+        if request.max_new_tokens == 0:
+            self._finish(sequence, "length")
+            return
+        sequence.is_decoding = True
+        self._take_rows(sequence, logits[0][-1:], ())
+
+    def _chunk_len(self, sequence: _Sequence, *, is_alone: bool) -> int:
+        """Prompt tokens to compute in the next step."""
+        limit = min(self._config.prefill_chunk_len, self._backend.info.max_batch_len)
+        if sequence.request.prompt_logprobs:
+            limit = min(limit, PROMPT_LOGPROBS_CHUNK_LEN)
+        if self._prefill_ms_per_token > 0:
+            budget_ms = (sequence.deadline_s - self._clock()) * 1000
+            if not is_alone:
+                budget_ms = min(budget_ms, self._config.busy_prefill_ms)
+            if budget_ms < limit * self._prefill_ms_per_token:
+                fitting = int(budget_ms / self._prefill_ms_per_token)
+                limit = min(limit, max(fitting, MIN_BUSY_CHUNK_LEN))
+        return limit
+
+    def _note_prefill_speed(self, num_tokens: int, seconds: float) -> None:
+        if num_tokens >= 32:  # shorter chunks measure the fixed cost of a call
+            measured = seconds * 1000 / num_tokens
+            known = self._prefill_ms_per_token
+            self._prefill_ms_per_token = 0.7 * known + 0.3 * measured if known else measured
+
+    def _add_prompt_infos(self, sequence: _Sequence, logits: LogitRows, begin: int) -> None:
+        """Log-probability of each prompt token, from the row before it. `logits` is [T, V]."""
+        tokens = sequence.prompt
+        infos = sequence.prompt_infos
+        piece = self._tokenizer.token_bytes
+        if begin == 0:
+            infos.append(TokenInfo(int(tokens[0]), piece(int(tokens[0]))))
+        num_top = sequence.request.sampling.num_logprobs or 0
+        for row in range(min(len(logits), tokens.size - begin - 1)):
+            logprobs = log_softmax(logits[row])
+            token_id = int(tokens[begin + row + 1])
+            top = top_logprobs(logprobs, num_top)
+            infos.append(TokenInfo(token_id, piece(token_id), float(logprobs[token_id]), top))
+
+    def _decode(self, sequences: Sequence[_Sequence]) -> None:
+        """One step for all running sequences: the next token, or several drafted ones."""
+        ready = [sequence for sequence in sequences if self._is_ready_to_decode(sequence)]
+        if not ready:
+            return
+        drafts = [self._draft(sequence) if len(ready) == 1 else () for sequence in ready]
+        steps = []
+        for sequence, draft in zip(ready, drafts, strict=True):
+            slot = sequence.held_slot
+            last = int(slot.tokens[sequence.num_tokens - 1])
+            steps.append(ExtendStep(slot.index, (last, *draft), "all"))
+        logits = self._extend(ready, steps)
+        if logits is None:
+            return
+        for sequence, draft, rows in zip(ready, drafts, logits, strict=True):
+            self._take_rows(sequence, rows, draft)
+
+    def _is_ready_to_decode(self, sequence: _Sequence) -> bool:
+        """Make the cache hold all tokens but the last; False sends it back to prefill.
+
+        An aborted step may have left the last token in the cache, its logits lost.
+        """
+        slot = sequence.held_slot
+        wanted = sequence.num_tokens - 1
+        if slot.cached_len > wanted:
+            self._rewind(slot, wanted)
+        sequence.is_decoding = slot.cached_len == wanted
+        return sequence.is_decoding
+
+    def _draft(self, sequence: _Sequence) -> tuple[int, ...]:
+        """Tokens worth verifying after the last sampled one; also scores the last guess."""
+        policy = self._draft_policy
+        if policy is None or not sequence.request.speculate or sequence.forced is not None:
+            return ()
+        room = min(
+            self._config.max_draft_len,
+            self._max_seq_len - sequence.num_tokens - 1,
+            sequence.request.max_new_tokens - sequence.timings.num_new_tokens - 1,
+            self._backend.info.max_batch_len - 1,
+        )
+        history = sequence.held_slot.tokens[: sequence.num_tokens]
+        # What would have been guessed one token ago, scored against the token that came.
+        if sequence.timings.num_new_tokens > 1:
+            past = propose(history[:-1], 1)
+            policy.observe(past, past.tokens[:1] == (int(history[-1]),))
+        draft: Draft = propose(history, room)
+        return draft.tokens[: policy.num_to_verify(draft)]
+
+    def _take_rows(self, sequence: _Sequence, rows: LogitRows, draft: tuple[int, ...]) -> None:
+        """Sample along rows [len(draft) + 1, vocab_size] as far as the draft is confirmed."""
+        now = self._clock()
+        slot, timings = sequence.held_slot, sequence.timings
+        computed = sequence.num_tokens
+        infos: list[TokenInfo] = []
+        text = ""
+        reason: FinishReason | None = None
+        timings.num_draft_tokens += len(draft)
+        for at in range(len(draft) + 1):
+            allowed = sequence.forced.allowed() if sequence.forced is not None else None
+            if allowed is not None and not allowed.size:
+                reason = "stop"  # this vocabulary cannot spell the forced bytes
+                break
+            try:
+                sampled = sequence.sampler.sample(rows[at], allowed)
+            except BackendError as error:
+                self._on_backend_error([sequence], error)
+                return
+            if timings.first_token_ms is None:
+                timings.first_token_ms = (now - sequence.submitted_s) * 1000
+            text += self._accept(sequence, sampled, infos)
+            reason = self._end_of(sequence, sampled.token_id)
+            confirmed = at < len(draft) and sampled.token_id == draft[at]
+            timings.num_accepted += confirmed
+            computed += confirmed
+            if reason is not None or not confirmed:
+                break
+        if draft and slot.cached_len > computed:
+            # Drafted rows that were not confirmed must leave the cache.
+            self._rewind(slot, computed)
+            if slot.cached_len < computed:
+                # This model's cache can't be cut: a wrong guess costs the whole prompt.
+                self._draft_policy = None
+        if reason is not None and reason != "cancelled":
+            text += sequence.text.flush()
+        if text or infos:
+            self._emit(sequence, Delta(text, tuple(infos)))
+        if reason is not None:
+            self._finish(sequence, reason)
+
+    def _accept(self, sequence: _Sequence, sampled: Sampled, infos: list[TokenInfo]) -> str:
+        """Add one sampled token to the sequence; return the text that it settles."""
+        slot = sequence.held_slot
+        token_id = sampled.token_id
+        sequence.sampler.accept(token_id)
+        sequence.timings.num_new_tokens += 1
+        slot.tokens[sequence.num_tokens] = token_id
+        sequence.num_tokens += 1
+        if self._is_end_token(sequence, token_id):
+            return ""
+        piece = self._tokenizer.token_bytes(token_id)
+        if sequence.forced is not None:
+            piece = sequence.forced.advance(piece)
+            if sequence.forced.is_done:
+                sequence.forced = None
+        infos.append(TokenInfo(token_id, piece, sampled.logprob, sampled.top_logprobs))
+        return sequence.text.feed(piece)
+
+    def _is_end_token(self, sequence: _Sequence, token_id: int) -> bool:
+        return (
+            token_id in sequence.request.stop_token_ids or token_id in self._tokenizer.eos_token_ids
+        )
+
+    def _end_of(self, sequence: _Sequence, token_id: int) -> FinishReason | None:
+        """Why the sequence ends after this token, or None."""
+        if self._is_end_token(sequence, token_id) or sequence.text.stopped_by is not None:
+            return "stop"
+        if sequence.timings.num_new_tokens >= sequence.request.max_new_tokens:
+            return "length"
+        return "length" if sequence.num_tokens >= self._max_seq_len else None
+
+    def _extend(
+        self, sequences: Sequence[_Sequence], steps: Sequence[ExtendStep]
+    ) -> list[LogitRows] | None:
+        """One backend call for these sequences; None if it was aborted or failed."""
+        with self._lock:
+            if all(sequence.is_cancelled for sequence in sequences):
+                return None
+            self._backend.abort.clear()
+            self._in_flight = tuple(sequences)
+        try:
+            logits = self._backend.extend(steps)
+        except Aborted:
+            logits = None
+        except BackendError as error:
+            self._on_backend_error(sequences, error)
+            return None
+        finally:
+            with self._lock:
+                self._in_flight = ()
+        for sequence in sequences:
+            slot = sequence.held_slot
+            slot.cached_len = self._backend.length(slot.index)
+        return logits
+
+    def _rewind(self, slot: Slot, length: int) -> None:
+        self._backend.rewind(slot.index, length)
+        slot.cached_len = self._backend.length(slot.index)
+
+    # ---- endings ---------------------------------------------------------------------------
+
+    def _finish(self, sequence: _Sequence, reason: FinishReason) -> None:
+        now = self._clock()
+        timings = sequence.timings
+        timings.total_ms = (now - sequence.submitted_s) * 1000
+        if sequence.slot is None:
+            timings.queue_ms = timings.total_ms
+        elif sequence.is_decoding:
+            timings.decode_ms = (now - sequence.decode_started_s) * 1000
+        elif not timings.prefill_ms:
+            timings.prefill_ms = (now - sequence.admitted_s) * 1000
+        with self._lock:
+            if reason == "cancelled":
+                self._num_cancelled += 1
+            else:
+                self._num_finished += 1
+            totals = self._totals
+            totals.num_prompt_tokens += timings.num_prompt_tokens
+            totals.num_cached_tokens += timings.num_cached_tokens
+            totals.num_new_tokens += timings.num_new_tokens
+            totals.num_draft_tokens += timings.num_draft_tokens
+            totals.num_accepted += timings.num_accepted
+        self._release(sequence)
+        self._emit(
+            sequence,
+            Finished(reason, timings, tuple(sequence.prompt_infos), sequence.text.stopped_by),
+        )
+
+    def _fail(self, sequence: _Sequence, error: AlborError) -> None:
+        with self._lock:
+            self._num_failed += 1
+        self._release(sequence)
+        self._emit(sequence, Failed(error))
+
+    def _release(self, sequence: _Sequence) -> None:
+        with self._lock:
+            for queue in (self._inbox, self._waiting, self._running):
+                if sequence in queue:
+                    queue.remove(sequence)
+            if sequence.slot is not None:
+                self._slots.release(sequence.slot)
+                sequence.slot = None
+
+    def _emit(self, sequence: _Sequence, event: Event) -> None:
+        try:
+            sequence.emit(event)
+        except Exception:  # one broken client must not stop the others
+            logger.exception("the receiver of %s failed; cancelling it", sequence.request_id)
+            sequence.is_cancelled = True
+
+    def _on_backend_error(self, sequences: Sequence[_Sequence], error: BackendError) -> None:
+        """Fail these requests and empty their slots; if even that fails, stop taking requests."""
+        logger.error("%s", error)
+        slots = [sequence.slot for sequence in sequences if sequence.slot is not None]
+        try:
+            for slot in slots:
+                self._rewind(slot, 0)
+        except BackendError as second:
+            self._give_up(second)
+            return
+        for sequence in sequences:
+            self._fail(sequence, error)
+
+    def _give_up(self, error: BackendError) -> None:
+        """Fail everything, now and from now on."""
+        with self._lock:
+            self._failure = error
+            everyone = [*self._inbox, *self._waiting, *self._running]
+        for sequence in everyone:
+            with contextlib.suppress(Exception):
+                self._fail(sequence, error)
