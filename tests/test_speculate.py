@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from albor_serve.speculate import Draft, DraftPolicy, propose
+from tests.fakes import LinearCosts
+
+
+def naive(history: list[int], limit: int) -> tuple[list[int], int]:
+    for size in (4, 3, 2):
+        for end in range(len(history) - 1, size - 1, -1):
+            if size < len(history) and history[end - size : end] == history[-size:]:
+                return history[end : end + limit], size
+    return [], 0
+
+
+@given(st.lists(st.integers(0, 2), max_size=25), st.integers(0, 6))
+def test_propose_is_the_latest_longest_match(history: list[int], limit: int) -> None:
+    draft = propose(np.array(history, dtype=np.int32), limit)
+    if limit == 0:
+        assert draft.tokens == ()
+        return
+    tokens, match_len = naive(history, limit)
+    assert (list(draft.tokens), draft.match_len) == (tokens, match_len)
+
+
+def test_free_rows_draft_everything_and_dear_rows_nothing() -> None:
+    draft = Draft((1, 2, 3, 4), 4)
+    assert DraftPolicy(LinearCosts(1.0, 0.0)).num_to_verify(draft) == 4
+    assert DraftPolicy(LinearCosts(0.0, 1.0)).num_to_verify(draft) == 0
+    assert DraftPolicy(LinearCosts(1.0, 0.0)).num_to_verify(Draft((), 0)) == 0
+
+
+def test_the_best_number_is_between_when_rows_cost_a_little() -> None:
+    policy = DraftPolicy(LinearCosts(1.0, 0.3))
+    assert 0 < policy.num_to_verify(Draft(tuple(range(8)), 4)) < 8
+
+
+def test_learns_from_guesses_and_recovers() -> None:
+    policy = DraftPolicy(LinearCosts(1.0, 0.5))
+    draft = Draft((1, 2, 3), 4)
+    assert policy.num_to_verify(draft) > 0
+    for _ in range(100):
+        policy.observe(draft, False)
+    assert policy.acceptance(4) < 0.2
+    assert policy.num_to_verify(draft) == 0
+    for _ in range(200):
+        policy.observe(draft, True)
+    assert policy.acceptance(4) == pytest.approx(1.0, abs=0.05)
+    assert policy.num_to_verify(draft) == 3
+    assert policy.acceptance(2) == pytest.approx(0.35)
+
+
+def test_an_empty_draft_teaches_nothing() -> None:
+    policy = DraftPolicy(LinearCosts())
+    policy.observe(Draft((), 0), True)
+    assert policy.acceptance(2) == pytest.approx(0.35)
