@@ -1,0 +1,167 @@
+"""The tokenizer inside a GGUF file, as llama.cpp reads it."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from albor_serve.backends import llamacpp_native as native
+from albor_serve.errors import BackendError, RequestError
+from albor_serve.tokenizer import well_formed
+
+__all__ = ["LlamaCppTokenizer"]
+
+_MAX_TEXT_BYTES = (1 << 31) - 64
+
+
+class LlamaCppTokenizer:
+    """`Tokenizer` over the vocabulary of a model that llama.cpp has loaded.
+
+    It borrows the vocabulary: the model's owner calls `close` before freeing the model, and any
+    later call that needs the vocabulary raises BackendError. Safe to call from several threads.
+
+    Vocabularies of the SentencePiece kind may put a space before the text, as their models were
+    trained; all byte-level ones encode the text as it is.
+    """
+
+    def __init__(self, vocab: Any) -> None:
+        """Wrap `vocab`, a llama_vocab pointer."""
+        self._lib = native.load_library()
+        self._vocab = vocab
+        self._lock = threading.Lock()
+        self._table: list[bytes] | None = None
+        lib = self._lib
+        self._vocab_size = int(lib.llama_vocab_n_tokens(vocab))
+        bos = int(lib.llama_vocab_bos(vocab))
+        self._bos = bos if bos >= 0 else None
+        self._adds_bos = bool(lib.llama_vocab_get_add_bos(vocab)) and bos >= 0
+        self._eos = frozenset(
+            i for i in range(self._vocab_size) if lib.llama_vocab_is_eog(vocab, i)
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, unused ones included."""
+        return self._vocab_size
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token that models of this family expect first, if `adds_bos`."""
+        return self._bos
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether a plain-text prompt must start with `bos_token_id`."""
+        return self._adds_bos
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """llama.cpp's end-of-generation set: end of text and of turn, FIM pad, repo, file."""
+        return self._eos
+
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """Token ids of `text`; see `Tokenizer.encode`.
+
+        Raises:
+            RequestError: more than 2 GiB of text. BackendError: the model is closed.
+        """
+        data = well_formed(text).encode("utf-8")
+        if not data:
+            return []
+        if len(data) > _MAX_TEXT_BYTES:
+            raise RequestError("the text is larger than 2 GiB: shorten it")
+        # No vocabulary makes more tokens than bytes, a leading space aside; the loop is for one
+        # that does.
+        capacity = len(data) + 16
+        while True:
+            buffer = np.empty(capacity, dtype=np.int32)
+            with self._lock:
+                count = self._lib.llama_tokenize(
+                    self._open_vocab(),
+                    data,
+                    len(data),
+                    buffer.ctypes.data_as(self._lib.llama_token_p),
+                    capacity,
+                    False,
+                    parse_special,
+                )
+            if count >= 0:
+                tokens: list[int] = buffer[:count].tolist()
+                return tokens
+            if -count <= capacity:
+                raise BackendError(
+                    f"llama.cpp could not tokenize {len(data)} bytes of text (code {count}): "
+                    f"shorten the text"
+                )
+            capacity = -count
+
+    def decode(self, ids: Sequence[int]) -> bytes:
+        """Bytes of a token sequence, control tokens left out.
+
+        Raises:
+            RequestError: an id is outside the vocabulary. BackendError: the model is closed.
+        """
+        return b"".join([self.token_bytes(i) for i in ids])
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Bytes that one token stands for in running text; b"" for control tokens.
+
+        The first call reads the whole vocabulary (about 1 µs a token).
+
+        Raises:
+            RequestError: the id is outside the vocabulary. BackendError: the model is closed.
+        """
+        table = self._table
+        if table is None:
+            table = self._read_table()
+        if not 0 <= token_id < self._vocab_size:
+            raise RequestError(
+                f"token id {token_id} is outside the vocabulary: use 0 to {self._vocab_size - 1}"
+            )
+        return table[token_id]
+
+    def special_id(self, spelling: str) -> int | None:
+        """Id of the control token spelled exactly so, or None where the vocabulary has none."""
+        ids = self.encode(spelling, parse_special=True)
+        if len(ids) != 1:
+            return None
+        lib = self._lib
+        with self._lock:
+            vocab = self._open_vocab()
+            attributes = lib.llama_vocab_get_attr(vocab, ids[0])
+            text = lib.llama_vocab_get_text(vocab, ids[0])
+        control = attributes & (lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_USER_DEFINED)
+        return ids[0] if control and text == well_formed(spelling).encode() else None
+
+    def close(self) -> None:
+        """Stop using the vocabulary; waits for a call in flight. Closing twice is harmless."""
+        with self._lock:
+            self._vocab = None
+
+    def _open_vocab(self) -> Any:
+        if self._vocab is None:
+            raise BackendError("the model is closed: load it again")
+        return self._vocab
+
+    def _read_table(self) -> list[bytes]:
+        to_piece = self._lib.llama_token_to_piece
+        size = 256
+        buffer = ctypes.create_string_buffer(size)
+        table: list[bytes] = []
+        with self._lock:
+            vocab = self._open_vocab()
+            if self._table is not None:
+                return self._table
+            for token_id in range(self._vocab_size):
+                count = to_piece(vocab, token_id, buffer, size, 0, False)
+                if count < 0:  # the piece is longer than the buffer: -count bytes
+                    size = -count
+                    buffer = ctypes.create_string_buffer(size)
+                    count = to_piece(vocab, token_id, buffer, size, 0, False)
+                table.append(ctypes.string_at(buffer, count) if count > 0 else b"")
+            self._table = table
+        return table
