@@ -157,13 +157,14 @@ class Engine:
         backend: Backend,
         tokenizer: Tokenizer,
         config: EngineConfig,
-        row_costs: RowCosts | None = None,
+        calibrate: Callable[[Backend], RowCosts] | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """The engine closes `backend` when it is closed itself.
 
-        Without `row_costs` nothing is drafted and prefill chunks are not fitted to time.
+        `calibrate` measures the backend on the engine's thread before the first request; without
+        it nothing is drafted and prefill chunks are not fitted to time.
         """
         info = backend.info
         self._backend = backend
@@ -172,8 +173,9 @@ class Engine:
         self._clock = clock
         self._max_seq_len = min(config.max_seq_len, info.max_seq_len)
         self._slots = SlotTable(min(config.num_slots, info.num_slots), self._max_seq_len, clock)
-        self._prefill_ms_per_token = row_costs.prefill_ms_per_token if row_costs else 0.0
-        self._draft_policy = DraftPolicy(row_costs) if row_costs and config.speculate else None
+        self._calibrate = calibrate
+        self._prefill_ms_per_token = 0.0
+        self._draft_policy: DraftPolicy | None = None
         self._token_index: TokenIndex | None = None
         self._ids = count(1)
 
@@ -341,6 +343,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            self._measure()
             while self._take_in():
                 self._drop_ended()
                 self._admit()
@@ -352,6 +355,20 @@ class Engine:
             with self._lock:
                 self._state = "closed"
             self._backend.close()
+
+    def _measure(self) -> None:
+        """Learn what steps cost here.
+
+        On this thread, not on the caller's: a second thread that has once called llama.cpp keeps
+        an OpenMP team of its own, and more threads than cores make every barrier sleep (measured:
+        three times slower decoding).
+        """
+        if self._calibrate is None:
+            return
+        costs = self._calibrate(self._backend)
+        self._prefill_ms_per_token = costs.prefill_ms_per_token
+        if self._config.speculate:
+            self._draft_policy = DraftPolicy(costs)
 
     def _take_in(self) -> bool:
         """Wait for something to do; False when the engine is closed and empty."""

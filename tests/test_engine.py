@@ -78,7 +78,7 @@ def start() -> Iterator[Start]:
         backend = HashBackend(VOCAB, **kwargs)
         info = backend.info
         config = config or EngineConfig(num_slots=info.num_slots, max_seq_len=info.max_seq_len)
-        engine = Engine(backend, TOKENIZER, config, costs)
+        engine = Engine(backend, TOKENIZER, config, (lambda _: costs) if costs else None)
         engine.start()
         engines.append(engine)
         return engine, backend

@@ -1,0 +1,31 @@
+# Developer commands. Users need only scripts/serve and scripts/test.
+VENV ?= .venv
+
+.PHONY: install fmt check test test-slow bench serve clean
+
+install:
+	sh scripts/install dev
+
+fmt: install
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+check:
+	sh scripts/check
+
+test:
+	sh scripts/test
+
+test-slow:
+	sh scripts/test -m slow
+
+bench:
+	sh scripts/install dev
+	sh scripts/install bench
+	$(VENV)/bin/albor-bench decode
+
+serve:
+	sh scripts/serve
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

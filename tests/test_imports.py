@@ -1,0 +1,39 @@
+"""What may be imported by what, and what the core install must not need."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SERVING = ("albor_serve.cli", "albor_serve.engine", "albor_serve.api.app", "albor_serve.convert")
+
+
+def run(code: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return result.stdout
+
+
+def test_imports_point_one_way() -> None:
+    lint = Path(sys.executable).with_name("lint-imports")
+    result = subprocess.run([lint, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_serving_imports_no_torch() -> None:
+    modules = ", ".join(SERVING)
+    code = f"import sys, {modules}; print(sorted({{'torch', 'triton', 'transformers'}} & set(sys.modules)))"
+    assert run(code).strip() == "[]"
+
+
+def test_core_works_where_torch_cannot_be_imported() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['triton'] = None\n"
+        "from albor_serve.cli import main\n"
+        "try: main(['--version'])\n"
+        "except SystemExit as end: print('exit', end.code)"
+    )
+    assert run(code).strip().endswith("exit 0")
