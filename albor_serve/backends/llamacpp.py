@@ -16,6 +16,7 @@ import numpy as np
 
 from albor_serve.backends import llamacpp_native as native
 from albor_serve.backends.base import Aborted, BackendInfo, ExtendStep, LogitRows
+from albor_serve.backends.checks import check_fork, check_slot, check_steps
 from albor_serve.backends.llamacpp_tokenizer import LlamaCppTokenizer
 from albor_serve.errors import (
     BackendError,
@@ -216,7 +217,7 @@ class LlamaCppBackend:
         The arrays are views of llama.cpp's own buffer.
         """
         self._check_open()
-        total = self._check_steps(steps)
+        total = check_steps(self._info, self._lengths, steps)
         if self._abort.is_set():
             raise Aborted
         if total == 0:
@@ -253,7 +254,7 @@ class LlamaCppBackend:
         `length(slot)` shows.
         """
         self._check_open()
-        self._check_slot(slot)
+        check_slot(self._info, slot)
         if length < 0:
             raise BackendError(f"cannot rewind to {length} tokens: give 0 or more")
         if length >= self._lengths[slot]:
@@ -270,12 +271,7 @@ class LlamaCppBackend:
         part: `length(dst)` is 0 then.
         """
         self._check_open()
-        self._check_slot(src)
-        self._check_slot(dst)
-        if not 0 <= length <= self._lengths[src]:
-            raise BackendError(
-                f"cannot share {length} tokens of slot {src}: it holds {self._lengths[src]}"
-            )
+        check_fork(self._info, self._lengths, src, dst, length)
         if src == dst:
             self.rewind(dst, length)
             return
@@ -290,7 +286,7 @@ class LlamaCppBackend:
     def length(self, slot: int) -> int:
         """Tokens that the slot's cache holds."""
         self._check_open()
-        self._check_slot(slot)
+        check_slot(self._info, slot)
         return self._lengths[slot]
 
     def close(self) -> None:
@@ -306,33 +302,6 @@ class LlamaCppBackend:
     def _check_open(self) -> None:
         if not self._context:
             raise BackendError("the backend is closed: load the model again")
-
-    def _check_slot(self, slot: int) -> None:
-        if not 0 <= slot < self._info.num_slots:
-            raise BackendError(f"there is no slot {slot}: use 0 to {self._info.num_slots - 1}")
-
-    def _check_steps(self, steps: Sequence[ExtendStep]) -> int:
-        """Refuse what the caches cannot take, before any of them changes; returns the tokens."""
-        total = 0
-        seen: set[int] = set()
-        for step in steps:
-            self._check_slot(step.slot)
-            if step.slot in seen:
-                raise BackendError(f"slot {step.slot} occurs twice in one call: join its tokens")
-            seen.add(step.slot)
-            total += len(step.tokens)
-            length = self._lengths[step.slot] + len(step.tokens)
-            if length > self._info.max_seq_len:
-                raise BackendError(
-                    f"slot {step.slot} would hold {length} tokens, but it has room for "
-                    f"{self._info.max_seq_len}: rewind it or start with a larger --ctx"
-                )
-        if total > self._info.max_batch_len:
-            raise BackendError(
-                f"{total} tokens in one call, but at most {self._info.max_batch_len} fit: split "
-                f"them over several calls"
-            )
-        return total
 
     def _make_batch(self, size: int, num_slots: int) -> None:
         """Lay out the arrays of one llama_batch, to be refilled for every call."""
@@ -363,10 +332,7 @@ class LlamaCppBackend:
         for step in steps:
             count = len(step.tokens)
             end = begin + count
-            try:
-                self._tokens[begin:end] = step.tokens
-            except OverflowError:
-                raise self._bad_token() from None
+            self._tokens[begin:end] = step.tokens
             first = self._lengths[step.slot]
             self._positions[begin:end] = np.arange(first, first + count)
             self._slots_of_token[begin:end] = self._slot_pointers[step.slot]
@@ -376,16 +342,8 @@ class LlamaCppBackend:
             begin = end
             row += step.num_rows
             starts.append(row)
-        tokens = self._tokens[:begin]
-        if begin and (int(tokens.min()) < 0 or int(tokens.max()) >= self._vocab_size):
-            raise self._bad_token()
         self._batch.n_tokens = begin
         return starts
-
-    def _bad_token(self) -> BackendError:
-        return BackendError(
-            f"a token id is outside the vocabulary: use 0 to {self._vocab_size - 1}"
-        )
 
     def _read_lengths(self) -> None:
         """Take the lengths from llama.cpp: a failed call may have kept some of its tokens."""
