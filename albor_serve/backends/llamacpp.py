@@ -18,6 +18,7 @@ from albor_serve.backends import llamacpp_native as native
 from albor_serve.backends.base import Aborted, BackendInfo, ExtendStep, LogitRows
 from albor_serve.backends.checks import check_fork, check_slot, check_steps
 from albor_serve.backends.llamacpp_tokenizer import LlamaCppTokenizer
+from albor_serve.backends.thread_governor import ThreadGovernor
 from albor_serve.errors import (
     BackendError,
     CheckpointError,
@@ -71,6 +72,7 @@ class LlamaCppBackend:
         max_batch_len: int,
         num_threads: int,
         kv_bytes_per_element: float,
+        governor: ThreadGovernor | None = None,
     ) -> None:
         """Take ownership of `model` and `context`; `load` is the public way."""
         self._lib = lib
@@ -78,6 +80,8 @@ class LlamaCppBackend:
         self._context = context
         self._memory = lib.llama_get_memory(context)
         self._lengths = [0] * num_slots
+        self._num_threads = num_threads
+        self._governor = governor
         self._abort = native.NativeAbortFlag()
         self._abort.install(lib, context)
         vocab = lib.llama_model_get_vocab(model)
@@ -118,7 +122,8 @@ class LlamaCppBackend:
             path: the file (the first part of a split model).
             num_slots: sequences that are held at once, 1 to 64.
             max_seq_len: tokens that each slot can hold.
-            num_threads: None takes the physical cores that this process may use.
+            num_threads: None takes the physical cores that this process may use, fewer while
+                other programs need them.
             progress: called with 0.0 to 1.0 while the weights are read, on this thread. What it
                 raises ends the load and is raised from here.
             use_mmap: map the file instead of reading it.
@@ -183,6 +188,7 @@ class LlamaCppBackend:
                 max_seq_len=max_seq_len,
                 max_batch_len=max_batch_len,
                 num_threads=threads,
+                governor=ThreadGovernor(threads) if num_threads is None else None,
                 kv_bytes_per_element=ggml_types[kv_type][1],
             )
         except BaseException:
@@ -226,6 +232,7 @@ class LlamaCppBackend:
         # they go in slot order.
         order = sorted(range(len(steps)), key=lambda i: steps[i].slot)
         starts = self._fill_batch([steps[i] for i in order])
+        self._fit_threads()
         native.last_log_errors()
         code = int(self._lib.llama_decode(self._context, self._batch))
         if code:
@@ -246,6 +253,15 @@ class LlamaCppBackend:
         for position, i in enumerate(order):
             result[i] = rows[starts[position] : starts[position + 1]]
         return result
+
+    def _fit_threads(self) -> None:
+        """Use only the cores that other programs leave free, if they are not fixed."""
+        if self._governor is None:
+            return
+        threads = self._governor.threads()
+        if threads != self._num_threads:
+            self._num_threads = threads
+            self._lib.llama_set_n_threads(self._context, threads, threads)
 
     def rewind(self, slot: int, length: int) -> None:
         """Drop the slot's cache beyond its first `length` tokens (0 empties it).

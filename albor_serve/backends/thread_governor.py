@@ -81,6 +81,8 @@ class ThreadGovernor:
         self._read = read
         self._threads = max_threads
         self._last = read() if max_threads > 1 else None
+        if self._last is not None:
+            self._fit(self._last, others=float(max(0, self._last.num_runnable - 1)))
 
     def threads(self) -> int:
         """Threads for the next call, 1 to max_threads. Takes about 50 µs ten times a second."""
@@ -97,6 +99,9 @@ class ThreadGovernor:
             busy_s = (now.busy_s - last.busy_s) - (now.own_s - last.own_s)
             others = max(0.0, busy_s / window_s)
         self._last = now
+        self._fit(now, others)
+        return self._threads
+
+    def _fit(self, now: CpuTimes, others: float) -> None:
         free = int(now.num_cpus - others + self.SPARE)
         self._threads = max(1, min(self._max_threads, free))
-        return self._threads

@@ -83,6 +83,12 @@ def test_after_a_long_pause_what_runs_now_counts() -> None:
     assert governor.threads() == 2
 
 
+def test_starts_with_what_is_free_at_that_moment() -> None:
+    machine = Machine()
+    machine.run(1.0, own=0, others=4, runnable=4)
+    assert governed(machine).threads() == 1
+
+
 def test_more_cpus_than_threads_leave_room_for_others() -> None:
     machine = Machine(num_cpus=8)
     governor = governed(machine)
