@@ -527,6 +527,39 @@ def test_a_common_start_is_copied_between_slots(start: Start) -> None:
     assert reply.token_ids == backend.answer((*long, 200), 2)
 
 
+def test_a_copy_between_slots_that_fails_fails_the_request_alone(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, backend = start(num_slots=2)
+    long = tuple(range(150))
+    ask(engine, long, 2, session="a")
+
+    def broken(src: int, dst: int, length: int) -> None:
+        raise BackendError("the fake device could not copy")
+
+    monkeypatch.setattr(backend, "fork", broken)
+    assert isinstance(ask(engine, (*long, 200), 2, session="b").error, BackendError)
+    assert ask(engine, num=4).token_ids == backend.answer(PROMPT, 4)
+
+
+def test_calibration_runs_on_the_engines_thread_and_its_failure_is_told() -> None:
+    names: list[str] = []
+
+    def calibrate(backend: object) -> LinearCosts:
+        names.append(threading.current_thread().name)
+        raise BackendError("the fake device is too warm")
+
+    backend = HashBackend(VOCAB)
+    engine = Engine(backend, TOKENIZER, EngineConfig(max_seq_len=256), calibrate)
+    engine.start()
+    until(lambda: engine.stats().failure is not None)
+    with pytest.raises(BackendError, match="too warm"):
+        submit(engine)
+    assert names == ["albor-engine"]
+    assert (engine.backend, engine.tokenizer, engine.max_seq_len) == (backend, TOKENIZER, 256)
+    engine.close()
+
+
 def test_storm_of_requests_cancels_and_supersedes(start: Start) -> None:
     """No slot leaks and every answer that was not cancelled is the one given alone."""
     engine, backend = start(
