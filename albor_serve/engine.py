@@ -419,6 +419,7 @@ class Engine:
                 # A cache that can't be cut (sliding window, recurrent) may hold less.
                 reuse_len = min(reuse_len, self._backend.length(slot.index))
             except BackendError as error:
+                sequence.slot = slot  # what it holds is unknown now: empty it
                 self._on_backend_error([sequence], error)
                 continue
             now = self._clock()
