@@ -1,7 +1,7 @@
 # Developer commands. Users need only scripts/serve and scripts/test.
 VENV ?= .venv
 
-.PHONY: install fmt check test test-slow bench serve clean
+.PHONY: install fmt check test test-slow mutate bench serve clean
 
 install:
 	sh scripts/install dev
@@ -19,6 +19,10 @@ test:
 test-slow:
 	sh scripts/test -m slow
 
+# How many small changes to the core logic the tests notice; the goal is 85 %.
+mutate: install
+	$(VENV)/bin/mutmut run
+
 bench:
 	sh scripts/install dev
 	sh scripts/install bench
@@ -28,4 +32,4 @@ serve:
 	sh scripts/serve
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build mutants dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
