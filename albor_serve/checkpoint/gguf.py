@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Final, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from albor_serve.checkpoint.base import CheckpointFormat, StoredTensor
 from albor_serve.checkpoint.gguf_header import GgufHeader, GgufMetadata, open_gguf_header
-from albor_serve.checkpoint.names import gguf_name, rotary_rows, tensor_shapes
+from albor_serve.checkpoint.names import gguf_name, rotary_order, rotary_rows, tensor_shapes
 from albor_serve.config import Architecture, ModelConfig, RopeConfig
 from albor_serve.errors import CheckpointFormatError, ConfigError, UnsupportedModelError
 from albor_serve.quant import FloatArray, dequantize
@@ -98,7 +97,7 @@ class GgufCheckpoint:
         if len(shape) > 1 or heads:
             data = data.reshape(shape[0], -1)
         if heads:
-            data = data[_rotary_order(shape[0], heads)]
+            data = data[rotary_order(shape[0], heads)]
         if len(shape) == 1:
             data = data.reshape(-1)
         return StoredTensor(tensor.type, shape, data)
@@ -124,12 +123,6 @@ def llama3_factors(rope: RopeConfig, head_dim: int) -> FloatArray:
     width = rope.high_freq_factor - rope.low_freq_factor
     kept = np.clip((turns - rope.low_freq_factor) / width, 0, 1)
     return (1 / (kept + (1 - kept) / rope.factor)).astype(np.float32)
-
-
-def _rotary_order(num_rows: int, num_heads: int) -> npt.NDArray[np.intp]:
-    """For each row as Hugging Face orders them, its position in the file."""
-    order = np.arange(num_rows).reshape(num_heads, num_rows // num_heads // 2, 2)
-    return order.swapaxes(1, 2).reshape(-1)
 
 
 def _config(header: GgufHeader) -> ModelConfig:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
+
 from albor_serve.config import ModelConfig
 
-__all__ = ["gguf_name", "rotary_rows", "tensor_shapes"]
+__all__ = ["gguf_name", "rotary_order", "rotary_rows", "tensor_shapes"]
 
 _TOP_NAMES: Final[Mapping[str, str]] = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -89,3 +92,9 @@ def rotary_rows(config: ModelConfig, name: str) -> int:
     if ".self_attn.k_proj." in name:
         return config.num_kv_heads
     return 0
+
+
+def rotary_order(num_rows: int, num_heads: int) -> npt.NDArray[np.intp]:
+    """For each row as Hugging Face orders them, its position in the file."""
+    order = np.arange(num_rows).reshape(num_heads, num_rows // num_heads // 2, 2)
+    return order.swapaxes(1, 2).reshape(-1)
