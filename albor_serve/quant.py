@@ -33,6 +33,7 @@ __all__ = [
     "dequantize_q8_0",
     "num_bytes",
     "quantize_q4_0",
+    "quantize_q4_0_calibrated",
     "quantize_q8_0",
 ]
 
@@ -51,6 +52,10 @@ _Q4_TARGETS: Final = (
 )
 """Grid of scale candidates, as the code that the weight of largest magnitude is mapped to. Both
 signs, because the codes run from -8 to 7; beyond the range, that weight is clipped."""
+
+
+_NEGLIGIBLE: Final = np.float32(1e-9)
+"""Groups with no weight above this become zeros: the smallest fp16 scale is 6e-8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,12 +188,66 @@ def quantize_q4_0(
     def work(start: int, stop: int) -> None:
         chunk = _groups(weights, start, stop)
         scale, codes = _search_q4_0(chunk, emphasis)
-        out[start:stop, :, :2] = scale.astype("<f2")[..., None].view(np.uint8)
-        nibbles = (codes + np.float32(8)).astype(np.uint8)
-        out[start:stop, :, 2:] = nibbles[..., :16] | (nibbles[..., 16:] << np.uint8(4))
+        _store_q4_0(scale, codes, out[start:stop])
 
     _in_threads(work, _row_chunks(rows, cols), num_threads)
     return out.reshape(rows, num_groups * 18)
+
+
+def quantize_q4_0_calibrated(
+    weights: npt.NDArray[np.floating],
+    moments: npt.NDArray[np.floating],
+    *,
+    damping: float = 0.01,
+    num_threads: int | None = None,
+) -> ByteArray:
+    """Round a matrix to Q4_0 so that its outputs change least on calibration data.
+
+    GPTQ (Frantar et al. 2022, arXiv:2210.17323): columns are rounded one after the other, and
+    the error of each is made up for by the columns still to come, as far as their inputs are
+    correlated. A group's scale is searched when its turn comes, its channels weighted by what
+    the later ones cannot make up for.
+
+    Args:
+        weights: as for `quantize_q4_0`.
+        moments: [cols, cols], mean of x xᵀ over calibration inputs x; symmetric.
+        damping: share of the mean of the diagonal that is added to it. Covers channels that
+            calibration hardly excited and keeps the corrections small.
+        num_threads: as for `quantize_q4_0`.
+
+    Returns:
+        uint8 [rows, cols / 32 * 18].
+
+    Raises what `quantize_q4_0` raises.
+    """
+    rows, cols = _check_matrix(weights, "Q4_0")
+    factor = _feedback_factor(moments, cols, damping)
+    residual = 1 / np.diag(factor) ** 2
+    emphasis = (residual / residual.mean()).astype(np.float32).reshape(-1, 1, Q4_GROUP_SIZE)
+    factor = factor.astype(np.float32)
+    out = np.empty((rows, cols // Q4_GROUP_SIZE, 18), dtype=np.uint8)
+
+    def work(start: int, stop: int) -> None:
+        left = _groups(weights, start, stop).reshape(stop - start, cols)  # a copy, ours to change
+        for group in range(cols // Q4_GROUP_SIZE):
+            first, after = group * Q4_GROUP_SIZE, (group + 1) * Q4_GROUP_SIZE
+            current = np.ascontiguousarray(left[:, first:after])
+            scale = _search_q4_0(current[:, None, :], emphasis[group])[0][:, 0]
+            inverse = _inverse(scale)
+            codes = np.empty_like(current)
+            errors = np.empty_like(current)
+            for i in range(Q4_GROUP_SIZE):
+                row = factor[first + i]
+                codes[:, i] = np.rint(current[:, i] * inverse).clip(-8, 7)
+                errors[:, i] = (current[:, i] - codes[:, i] * scale) / row[first + i]
+                current[:, i + 1 :] -= errors[:, i, None] * row[first + i + 1 : after]
+            left[:, after:] -= errors @ factor[first:after, after:]
+            _store_q4_0(scale, codes, out[start:stop, group])
+
+    step = max(256, _CHUNK_WEIGHTS // cols)
+    chunks = ((start, min(rows, start + step)) for start in range(0, rows, step))
+    _in_threads(work, chunks, num_threads)
+    return out.reshape(rows, -1)
 
 
 def quantize_q8_0(
@@ -248,6 +307,38 @@ def _check_importance(importance: FloatArray, cols: int) -> FloatArray:
     return values / np.float32(mean) + np.float32(1e-3)
 
 
+def _feedback_factor(
+    moments: npt.NDArray[np.floating], cols: int, damping: float
+) -> npt.NDArray[np.float64]:
+    """Upper triangular U with UᵀU = (moments + damping)⁻¹: row i says how the error of column i
+    is passed on to later columns."""
+    if moments.shape != (cols, cols):
+        raise UnsupportedModelError(
+            f"second moments have shape {moments.shape}: a matrix with {cols} input channels "
+            f"needs ({cols}, {cols})"
+        )
+    damped = moments.astype(np.float64)
+    mean = float(np.diag(damped).mean())
+    if not np.isfinite(damped).all() or mean <= 0:
+        raise CheckpointFormatError(
+            "second moments must be finite and not all zero: calibrate again"
+        )
+    damped[np.diag_indices(cols)] += damping * mean
+    try:
+        return np.linalg.cholesky(np.linalg.inv(damped)).T
+    except np.linalg.LinAlgError as error:
+        raise CheckpointFormatError(
+            "second moments are not positive definite: calibrate on more text"
+        ) from error
+
+
+def _store_q4_0(scale: FloatArray, codes: FloatArray, out: ByteArray) -> None:
+    """Pack scales [...] and codes -8..7 [..., 32] into `out` [..., 18]."""
+    out[..., :2] = scale.astype("<f2")[..., None].view(np.uint8)
+    nibbles = (codes + np.float32(8)).astype(np.uint8)
+    out[..., 2:] = nibbles[..., :16] | (nibbles[..., 16:] << np.uint8(4))
+
+
 def _row_chunks(rows: int, cols: int) -> Iterator[tuple[int, int]]:
     step = max(1, _CHUNK_WEIGHTS // cols)
     return ((start, min(rows, start + step)) for start in range(0, rows, step))
@@ -291,7 +382,8 @@ def _search_q4_0(groups: FloatArray, emphasis: FloatArray | None) -> tuple[Float
     """
     position = np.abs(groups).argmax(axis=-1)[..., None]
     largest = np.take_along_axis(groups, position, axis=-1)[..., 0]
-    inverse = _inverse(largest)
+    # Far below the smallest fp16 scale every weight rounds to 0, and 1/largest may overflow.
+    inverse = _inverse(np.where(np.abs(largest) < _NEGLIGIBLE, np.float32(0), largest))
     weighted = groups if emphasis is None else groups * emphasis
 
     best_gain = np.full(largest.shape, -1, dtype=np.float32)

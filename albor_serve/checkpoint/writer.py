@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from albor_serve.quant import (
     dequantize,
     num_bytes,
     quantize_q4_0,
+    quantize_q4_0_calibrated,
     quantize_q8_0,
 )
 
@@ -96,8 +98,9 @@ def write_gguf(
         out: the file to make; an existing one is replaced.
         quant: format of the matrices; vectors (norms, biases) are always F32.
         progress: told about each piece done.
-        importance: for each matrix that has one, the mean square of its input channels
-            (quantize_q4_0), by Hugging Face name; used by q4_0 only.
+        importance: what calibration found, by Hugging Face name, for q4_0: for each matrix
+            either the second moments of its inputs, [cols, cols] (quantize_q4_0_calibrated), or
+            only their mean squares, [cols] (quantize_q4_0). Matrices without are rounded alike.
         general: more metadata, such as {"license": "apache-2.0", "author": ...}; the keys get the
             prefix "general.".
 
@@ -109,6 +112,8 @@ def write_gguf(
     vocab = _vocab(checkpoint, tokenizer_json_path, config)
     plan = {name: _choose(quant, checkpoint.shape(name)) for name in checkpoint.tensor_names}
     total = sum(math.prod(checkpoint.shape(name)) for name in plan)
+    needed = sum(num_bytes(fmt, checkpoint.shape(name)) for name, fmt in plan.items())
+    _check_space(out, needed)
     reports = []
     with _temporary(out) as temporary:
         writer = gguf.GGUFWriter(temporary, config.architecture)
@@ -151,6 +156,18 @@ def _temporary(out: Path) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _check_space(out: Path, needed: int) -> None:
+    try:
+        free = shutil.disk_usage(out.parent).free
+    except OSError as error:
+        raise CheckpointError(f"{out.parent} cannot be written to: {error.strerror}") from error
+    if free < needed:
+        raise CheckpointError(
+            f"{out} needs {needed >> 20} MB and the disk has {free >> 20} MB free: free some space "
+            f"or write to another disk"
+        )
 
 
 def _vocab(checkpoint: Checkpoint, path: Path | None, config: ModelConfig) -> GgufVocab:
@@ -210,6 +227,8 @@ def _pack(
 def _encode(rows: FloatArray, fmt: str, importance: FloatArray | None, name: str) -> ByteArray:
     """Rows in a format, uint8 [rows, row_bytes]."""
     try:
+        if fmt == "Q4_0" and importance is not None and importance.ndim == 2:
+            return quantize_q4_0_calibrated(rows, importance)
         if fmt == "Q4_0":
             return quantize_q4_0(rows, importance)
         if fmt == "Q8_0":
