@@ -254,13 +254,13 @@ def _architecture(raw: Mapping[str, Any]) -> Architecture:
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in _CLASSES:
         raise UnsupportedModelError(
-            f"model_type is {str(kind)[:40]!r}: albor runs {', '.join(_CLASSES)}; on CPU, a GGUF "
+            f"model_type is {kind!r:.40}: albor runs {', '.join(_CLASSES)}; on CPU, a GGUF "
             f"file of any architecture that llama.cpp knows can be served"
         )
     classes = raw.get("architectures")
     if isinstance(classes, list) and classes and _CLASSES[kind] not in classes:
         raise UnsupportedModelError(
-            f"architectures is {str(classes)[:80]}: only {_CLASSES[kind]} can complete text"
+            f"architectures is {classes!r:.80}: only {_CLASSES[kind]} can complete text"
         )
     return cast("Architecture", kind)
 
@@ -268,7 +268,7 @@ def _architecture(raw: Mapping[str, Any]) -> Architecture:
 def _reject_features(raw: Mapping[str, Any]) -> None:
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         raise UnsupportedModelError(
-            f"hidden_act is {str(raw['hidden_act'])[:40]!r}: albor runs 'silu' only"
+            f"hidden_act is {raw['hidden_act']!r:.40}: albor runs 'silu' only"
         )
     if raw.get("quantization_config") is not None:
         raise UnsupportedModelError(
@@ -277,7 +277,9 @@ def _reject_features(raw: Mapping[str, Any]) -> None:
         )
     for key in ("num_experts", "num_local_experts", "n_routed_experts"):
         if raw.get(key):
-            raise UnsupportedModelError(f"{key} is {raw[key]}: mixtures of experts are not run")
+            raise UnsupportedModelError(
+                f"{key} is {raw[key]!r:.40}: mixtures of experts are not run"
+            )
     if raw.get("mlp_bias"):
         raise UnsupportedModelError("mlp_bias is set: albor runs MLPs without biases only")
     if raw.get("attention_bias") and raw["model_type"] != "qwen2":
@@ -286,7 +288,7 @@ def _reject_features(raw: Mapping[str, Any]) -> None:
         )
     if raw.get("partial_rotary_factor", 1.0) not in (1, None):
         raise UnsupportedModelError(
-            f"partial_rotary_factor is {raw['partial_rotary_factor']}: albor rotates whole heads"
+            f"partial_rotary_factor is {raw['partial_rotary_factor']!r:.40}: albor rotates whole heads"
         )
 
 
@@ -349,7 +351,7 @@ def _rope(raw: Mapping[str, Any], max_seq_len: int) -> RopeConfig:
             attention_factor=_yarn_attention_factor(reader, factor),
         )
     raise UnsupportedModelError(
-        f"rope scaling {str(scaling)[:40]!r} is not run by albor: it runs linear, llama3 and yarn"
+        f"rope scaling {scaling!r:.40} is not run by albor: it runs linear, llama3 and yarn"
     )
 
 
@@ -370,7 +372,7 @@ def _token_ids(raw: Mapping[str, Any], key: str) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for item in ids:
         if not isinstance(item, int) or isinstance(item, bool) or not 0 <= item < 1 << 31:
-            raise CheckpointFormatError(f"{key} is {str(value)[:40]}: it must be token ids")
+            raise CheckpointFormatError(f"{key} is {value!r:.40}: it must be token ids")
     return tuple(ids)
 
 
@@ -396,7 +398,7 @@ class _Fields:
             return default
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
             raise CheckpointFormatError(
-                f"{key} is {str(value)[:40]}: it must be a positive whole number"
+                f"{key} is {value!r:.40}: it must be a positive whole number"
             )
         return value
 
@@ -405,9 +407,9 @@ class _Fields:
         if value is None and default is not None:
             return default
         if not isinstance(value, int | float) or isinstance(value, bool):
-            raise CheckpointFormatError(f"{key} is {str(value)[:40]}: it must be a number")
+            raise CheckpointFormatError(f"{key} is {value!r:.40}: it must be a number")
         if not abs(value) < 1e30:
-            raise CheckpointFormatError(f"{key} is {str(value)[:40]}: it must be a finite number")
+            raise CheckpointFormatError(f"{key} is {value!r:.40}: it must be a finite number")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -415,5 +417,5 @@ class _Fields:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise CheckpointFormatError(f"{key} is {str(value)[:40]}: it must be true or false")
+            raise CheckpointFormatError(f"{key} is {value!r:.40}: it must be true or false")
         return value

@@ -109,6 +109,7 @@ def write_gguf(
         UnsupportedModelError: the model or its tokenizer cannot be expressed in GGUF.
     """
     config = checkpoint.config
+    _check_expressible(config)
     vocab = _vocab(checkpoint, tokenizer_json_path, config)
     plan = {name: _choose(quant, checkpoint.shape(name)) for name in checkpoint.tensor_names}
     total = sum(math.prod(checkpoint.shape(name)) for name in plan)
@@ -139,6 +140,25 @@ def write_gguf(
         finally:
             writer.close()
     return tuple(reports)
+
+
+def _check_expressible(config: ModelConfig) -> None:
+    """Refuse what llama.cpp would not load, or would load and compute wrongly."""
+    arch = config.architecture
+    if config.rope.scaling == "llama3" and arch != "llama":
+        raise UnsupportedModelError(
+            f"llama3 rope scaling cannot be written for {arch}: llama.cpp reads it for llama only"
+        )
+    if config.rope.scaling == "yarn" and (config.rope.beta_fast, config.rope.beta_slow) != (32, 1):
+        raise UnsupportedModelError(
+            f"yarn scaling with beta_fast {config.rope.beta_fast:g} and beta_slow "
+            f"{config.rope.beta_slow:g} cannot be written: llama.cpp computes with 32 and 1"
+        )
+    if arch == "qwen2" and config.num_heads * config.head_dim != config.hidden_size:
+        raise UnsupportedModelError(
+            f"{config.num_heads} heads of {config.head_dim} are not {config.hidden_size} channels: "
+            f"llama.cpp needs that of a qwen2 model"
+        )
 
 
 @contextlib.contextmanager
@@ -288,20 +308,12 @@ def _add_rope_scaling(writer: gguf.GGUFWriter, arch: str, rope: RopeConfig) -> N
     if rope.scaling in ("llama3", "yarn"):
         writer.add_uint32(f"{prefix}.original_context_length", rope.original_max_seq_len)
     if rope.scaling == "llama3":
-        if arch != "llama":
-            raise UnsupportedModelError(
-                f"llama3 rope scaling cannot be written for {arch}: llama.cpp reads it for llama "
-                f"only"
-            )
         writer.add_float32(LLAMA3_LOW_KEY, rope.low_freq_factor)
         writer.add_float32(LLAMA3_HIGH_KEY, rope.high_freq_factor)
-    if rope.scaling == "yarn":
-        writer.add_float32(f"{prefix}.yarn_beta_fast", rope.beta_fast)
-        writer.add_float32(f"{prefix}.yarn_beta_slow", rope.beta_slow)
-        if rope.attention_factor is not None:
-            # llama.cpp multiplies this with 0.1·ln(factor) + 1.
-            base = 0.1 * math.log(rope.factor) + 1
-            writer.add_float32(f"{prefix}.attn_factor", rope.attention_factor / base)
+    if rope.scaling == "yarn" and rope.attention_factor is not None:
+        # llama.cpp multiplies this with 0.1·ln(factor) + 1.
+        base = 0.1 * math.log(rope.factor) + 1
+        writer.add_float32(f"{prefix}.attn_factor", rope.attention_factor / base)
 
 
 def _rope_factors(config: ModelConfig) -> FloatArray | None:
