@@ -83,7 +83,6 @@ def loaded(request: pytest.FixtureRequest, checkpoint: Any) -> Iterator[Subject]
             MAX_SEQ_LEN,
             num_threads=1,
             kv_type="f32",
-            flash_attention=False,
             micro_batch_len=32,
             unified_kv=request.param == "llamacpp-unified",
         )
