@@ -166,6 +166,7 @@ class LlamaCppBackend:
                 "f32": (lib.GGML_TYPE_F32, 4),
             }
             params.type_k = params.type_v = ggml_types[kv_type][0]
+            _check_memory(lib, model, num_slots, max_seq_len, ggml_types[kv_type][1])
             params.offload_kqv = False
             params.op_offload = False
             params.no_perf = True
@@ -447,6 +448,19 @@ def _check_model(lib: Any, model: Any, path: Path) -> None:
     if lib.llama_model_has_encoder(model) or not lib.llama_model_has_decoder(model):
         raise UnsupportedModelError(
             f"{path} is not a decoder-only model: give one that completes text"
+        )
+
+
+def _check_memory(
+    lib: Any, model: Any, num_slots: int, max_seq_len: int, bytes_per_element: int
+) -> None:
+    """Refuse caches that would make the system kill a process: memory is promised, not reserved."""
+    needed = _kv_elements_per_token(lib, model) * bytes_per_element * max_seq_len * num_slots
+    available = native.available_memory_bytes()
+    if available is not None and needed > available:
+        raise BackendError(
+            f"KV caches for {num_slots} slots of {max_seq_len} tokens need {needed / 2**30:.1f} "
+            f"GiB and {available / 2**30:.1f} GiB of memory are free: lower --slots or --ctx"
         )
 
 

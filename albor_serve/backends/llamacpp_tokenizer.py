@@ -174,7 +174,7 @@ _PROBES = (
     " " * 7 + "x" + " " * 129 + "\n" + "\t" * 9 + "\n\n \n",
     "don't WE'LL I'd you've it's I'M\u2019s snake_case camelCase HTTPServer2",
     "caf\u00e9 cafe\u0301 \u4f60\u597d\u4e16\u754c \u0441\u043b\u043e \ufb01",
-    "\u0645\u0631\u062d\u0628\u0627 \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \u0928\u092e\u0938\u094d\u0924\u0947",
+    "\u0645\u0631\u062d\u0628\u0627 \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \u0928\u092e\u0938\u094d",
     "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \u00a0\u2003\u3000\ufeff\x00\x7f\x85",
     "12345 1234567890123 \u0663\u0664 \u00b2\u00bd \u2167 ++--==>>>=<<= //### ... ---",
     "<|fim_prefix|> <|endoftext|> </s> <s> [INST] <fim_suffix>",

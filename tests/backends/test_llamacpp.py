@@ -66,8 +66,9 @@ def backend(gguf: Path) -> Iterator[LlamaCppBackend]:
         backend.close()
 
 
-# Root mean square of the difference, for logits with a standard deviation of 2: rounding weights
-# to F16 alone changes them by about 1e-3 at these widths, to 8 bits by 2e-2.
+# Root mean square of the difference, for logits with a standard deviation of 2. At these widths
+# rounding the cache to F16 changes them by up to 1e-2, rounding weights or activations to 8 bits
+# by up to 0.13.
 @pytest.mark.parametrize(
     ("file_type", "kv_type", "flash", "tolerance"),
     [
@@ -75,8 +76,8 @@ def backend(gguf: Path) -> Iterator[LlamaCppBackend]:
         ("F32", "f16", False, 1.5e-2),
         ("F32", "f32", True, 3e-2),
         ("F16", "f16", False, 1.5e-2),
-        ("BF16", "f16", False, 1e-1),
-        ("Q8_0", "f16", False, 1e-1),
+        ("BF16", "f16", False, 0.2),
+        ("Q8_0", "f16", False, 0.2),
     ],
 )
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -91,8 +92,15 @@ def test_file_types_against_the_reference(
     assert float(np.sqrt(np.square(actual - expected).mean())) <= tolerance
 
 
-@pytest.mark.parametrize("rope", ROPE_SCALINGS)
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("arch", "rope"),
+    [
+        (arch, rope)
+        for arch in ARCHITECTURES
+        for rope in ROPE_SCALINGS
+        if rope != "llama3" or arch == "llama"  # GGUF's qwen2 and qwen3 have no such scaling
+    ],
+)
 def test_rope_scalings_against_the_reference(arch: Architecture, rope: str, tmp_path: Path) -> None:
     config, weights = tiny_model(arch, seed=12, rope=ROPE_SCALINGS[rope])
     path = save_gguf(tmp_path / "m.gguf", config, weights)
@@ -245,9 +253,35 @@ def test_bad_sizes(gguf: Path, arguments: dict[str, int], message: str) -> None:
         LlamaCppBackend.load(gguf, **({"num_slots": 2, "max_seq_len": 32} | arguments))
 
 
-def test_context_that_does_not_fit_into_memory(gguf: Path) -> None:
-    with pytest.raises(BackendError, match=r"64 slots with 1048576 tokens.*lower --slots or --ctx"):
-        LlamaCppBackend.load(gguf, 64, 1 << 20, 1)
+def test_context_that_does_not_fit_into_memory(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "available_memory_bytes", lambda: 3 << 29)
+    with pytest.raises(BackendError, match=r"need 2\.0 GiB and 1\.5 GiB .* lower --slots or --ctx"):
+        LlamaCppBackend.load(gguf, 4, 1 << 20, 1)
+
+
+def test_available_memory_is_plausible() -> None:
+    available = native.available_memory_bytes()
+    assert available is None or 1 << 20 < available < 1 << 50
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux's address limit")
+def test_memory_that_the_system_refuses(gguf: Path) -> None:
+    program = f"""
+import resource
+from albor_serve.backends.llamacpp import LlamaCppBackend
+from albor_serve.errors import BackendError
+LlamaCppBackend.load({str(gguf)!r}, 1, 32, 1).close()
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+try:
+    LlamaCppBackend.load({str(gguf)!r}, 2, 1 << 20, 1)
+except BackendError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, cwd=Path.cwd(), timeout=120
+    )
+    assert b"could not make a context of 2 slots" in done.stdout, done
+    assert b"lower --slots or --ctx" in done.stdout
 
 
 def test_nothing_is_printed(gguf: Path) -> None:
