@@ -46,9 +46,9 @@ class CompletionStream:
         self._served = served
         self._body = body
         self._completion = completion
-        head = json.dumps({**_head(served), "choices": []})
+        self._head = _head(served)
         # Everything but the choice is the same in all chunks: encode it once.
-        self._before, self._after = head.removesuffix("]}"), "]}\n\n"
+        self._before = json.dumps({**self._head, "choices": []}).removesuffix("]}")
         self._offsets: dict[int, TokenOffsets] = {}
 
     def first(self) -> Iterator[bytes]:
@@ -79,11 +79,7 @@ class CompletionStream:
         """The usage, if asked for, and the end mark."""
         options = self._body.stream_options
         if options is not None and options.include_usage:
-            usage = {
-                **_head(self._served),
-                "choices": [],
-                "usage": _usage(self._completion.answers),
-            }
+            usage = {**self._head, "choices": [], "usage": _usage(self._completion.answers)}
             yield b"data: " + json.dumps(usage).encode() + b"\n\n"
         yield b"data: [DONE]\n\n"
 
@@ -96,7 +92,7 @@ class CompletionStream:
         self, index: int, text: str, logprobs: dict[str, Any] | None, reason: str | None
     ) -> bytes:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-        return f"data: {self._before}{json.dumps(choice)}{self._after}".encode()
+        return f"data: {self._before}{json.dumps(choice)}]}}\n\n".encode()
 
     def _logprobs(self, update: Update) -> dict[str, Any]:
         offsets = self._offsets.get(update.index)

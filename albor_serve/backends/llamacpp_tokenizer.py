@@ -5,15 +5,16 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from albor_serve.backends import llamacpp_native as native
-from albor_serve.errors import BackendError, RequestError
-from albor_serve.tokenizer import well_formed
+from albor_serve.errors import AlborError, BackendError, RequestError
+from albor_serve.tokenizer import JsonTokenizer, Tokenizer, well_formed
 
-__all__ = ["LlamaCppTokenizer"]
+__all__ = ["LlamaCppTokenizer", "choose_tokenizer"]
 
 _MAX_TEXT_BYTES = (1 << 31) - 64
 
@@ -165,3 +166,47 @@ class LlamaCppTokenizer:
                 table.append(ctypes.string_at(buffer, count) if count > 0 else b"")
             self._table = table
         return table
+
+
+_PROBES = (
+    'def f(self, x: int = 10) -> str:\n    return f"{x!r:>{20}}"\n\n\n',
+    '\tif (a&&b) {\r\n\t\tprintf("%d\\n", 0x1F, 1_000, 3.14e-10);\r\n\t}\r\n',
+    " " * 7 + "x" + " " * 129 + "\n" + "\t" * 9 + "\n\n \n",
+    "don't WE'LL I'd you've it's I'M\u2019s snake_case camelCase HTTPServer2",
+    "caf\u00e9 cafe\u0301 \u4f60\u597d\u4e16\u754c \u0441\u043b\u043e \ufb01",
+    "\u0645\u0631\u062d\u0628\u0627 \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \u0928\u092e\u0938\u094d",
+    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \u00a0\u2003\u3000\ufeff\x00\x7f\x85",
+    "12345 1234567890123 \u0663\u0664 \u00b2\u00bd \u2167 ++--==>>>=<<= //### ... ---",
+    "<|fim_prefix|> <|endoftext|> </s> <s> [INST] <fim_suffix>",
+)
+"""Texts on which pre-tokenizers and normalizers are known to differ."""
+
+
+def choose_tokenizer(gguf: LlamaCppTokenizer, tokenizer_json: Path) -> Tokenizer:
+    """The tokenizer to use for a GGUF file that may have a tokenizer.json beside it.
+
+    llama.cpp reimplements each family's pre-tokenizer and has no Unicode normalization, so its
+    ids can differ from those of training. The rule:
+
+    1. No tokenizer.json, an unreadable one, or one of another vocabulary (some token stands for
+       other bytes): the GGUF file's own.
+    2. Both give the same ids on a set of probing texts: the GGUF file's own; it needs nothing
+       else in memory.
+    3. They differ: tokenizer.json, which is what the model was trained with.
+    """
+    if not tokenizer_json.is_file():
+        return gguf
+    try:
+        theirs = JsonTokenizer.from_folder(
+            tokenizer_json.parent,
+            bos_token_id=gguf.bos_token_id,
+            eos_token_ids=gguf.eos_token_ids,
+            vocab_size=gguf.vocab_size,
+        )
+    except AlborError:
+        return gguf
+    ids = range(gguf.vocab_size)
+    if any(gguf.token_bytes(i) != theirs.token_bytes(i) for i in ids if theirs.token_bytes(i)):
+        return gguf
+    same = all(gguf.encode(text) == theirs.encode(text) for text in _PROBES)
+    return gguf if same else theirs
