@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from albor_serve import __version__
 from albor_serve.api.completion import Completion, Job, ServedModel, plan_jobs
@@ -84,7 +84,7 @@ class _App:
         app.add_api_route("/v1/models/{name:path}", self.model, methods=["GET"])
         app.add_api_route("/health", self.health, methods=["GET"])
         app.add_api_route("/", self.home, methods=["GET"], response_class=PlainTextResponse)
-        app.add_middleware(_HostCheck, allowed=self._settings.allowed_hosts)
+        app.add_middleware(_SiteCheck, allowed=self._settings.allowed_hosts)
         return app
 
     async def completions(self, request: Request) -> Response:
@@ -220,26 +220,38 @@ class _SseResponse(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-class _HostCheck:
-    """Refuses requests whose Host header names another site."""
+class _SiteCheck:
+    """Refuses what a web page of another site sends: a Host or an Origin that is not ours."""
 
-    def __init__(self, app: Any, allowed: tuple[str, ...] | None) -> None:
+    def __init__(self, app: ASGIApp, allowed: tuple[str, ...] | None) -> None:
         self._app = app
         self._allowed = allowed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._allowed is not None:
-            host = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
-            name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-            if name and name not in self._allowed:
+            headers = dict(scope["headers"])
+            host = headers.get(b"host", b"").decode("latin-1").lower()
+            origin = headers.get(b"origin", b"").decode("latin-1").lower()
+            site = origin.partition("://")[2]
+            if not all(_host_name(name) in ("", *self._allowed) for name in (host, site)):
                 error = RequestError(
-                    "this server does not answer to that Host name: use 127.0.0.1 or localhost, "
-                    "or start it with --host and the name",
+                    "this server answers only to pages and names of this machine: use 127.0.0.1 "
+                    "or localhost, or start it with --host and the name",
                     code="host_not_allowed",
                 )
                 await error_response(error, 403)(scope, receive, send)
                 return
+            if origin and not site:  # "null": a sandboxed page or a local file
+                await error_response(RequestError("this Origin is not allowed"), 403)(
+                    scope, receive, send
+                )
+                return
         await self._app(scope, receive, send)
+
+
+def _host_name(host: str) -> str:
+    """The name in "name:port"; IPv6 addresses keep their brackets."""
+    return host if host.endswith("]") else host.rsplit(":", 1)[0]
 
 
 async def _read_body(request: Request, limit: int) -> bytes:

@@ -196,9 +196,10 @@ def _logprobs(
 def _top(token: TokenInfo, piece: Callable[[int], bytes]) -> dict[str, float] | None:
     if token.logprob is None:
         return None
-    top = {_as_text(piece(i)): logprob for i, logprob in reversed(token.top_logprobs)}
+    own = token.token_id
+    top = {_as_text(piece(i)): lp for i, lp in reversed(token.top_logprobs) if i != own}
     # The chosen token is always among them, however unlikely it was.
-    return {**top, _as_text(token.token_bytes): token.logprob}
+    return {_as_text(token.token_bytes): token.logprob, **top}
 
 
 def _as_text(piece: bytes) -> str:
