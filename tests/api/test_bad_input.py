@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from albor_serve.api.app import AppSettings
+from albor_serve.api.schemas import CompletionBody
 from tests.api.live import Live, serving_tiny
 
 URL = "/v1/completions"
@@ -229,11 +230,7 @@ JSON = st.recursive(
     ),
     max_leaves=8,
 )
-FIELDS = st.sampled_from(
-    ["prompt", "suffix", "temperature", "top_p", "top_k", "min_p", "n", "best_of", "echo", "stream"]
-    + ["stream_options", "logprobs", "stop", "seed", "logit_bias", "ignore_eos", "albor", "model"]
-    + ["presence_penalty", "frequency_penalty", "repetition_penalty", "user"]
-)
+FIELDS = st.sampled_from(sorted(set(CompletionBody.model_fields) - {"max_tokens"}))
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])

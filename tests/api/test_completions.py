@@ -44,15 +44,12 @@ def ask(http: httpx.Client, **body: Any) -> dict[str, Any]:
 
 def stream(http: httpx.Client, **body: Any) -> list[dict[str, Any]]:
     body = {"prompt": "def f(x):\n", "max_tokens": 8, "temperature": 0, "stream": True, **body}
-    chunks = []
     with http.stream("POST", URL, json=body) as response:
         assert response.status_code == 200
         assert response.headers["content-type"].startswith("text/event-stream")
         lines = [line for line in response.iter_lines() if line]
     assert lines[-1] == "data: [DONE]"
-    for line in lines[:-1]:
-        chunks.append(json.loads(line.removeprefix("data: ")))
-    return chunks
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
 
 
 def text_of(chunks: list[dict[str, Any]], index: int = 0) -> str:
