@@ -241,7 +241,7 @@ class LlamaCppBackend:
         native.last_log_errors()
         code = int(self._lib.llama_decode(self._context, self._batch))
         if code:
-            self._read_lengths()
+            self._read_lengths(steps)
             self._raise_decode_error(code, total)
         for step in steps:
             self._lengths[step.slot] += len(step.tokens)
@@ -366,11 +366,16 @@ class LlamaCppBackend:
         self._batch.n_tokens = begin
         return starts
 
-    def _read_lengths(self) -> None:
-        """Take the lengths from llama.cpp: a failed call may have kept some of its tokens."""
-        for slot in range(self._info.num_slots):
-            last = int(self._lib.llama_memory_seq_pos_max(self._memory, slot))
-            self._lengths[slot] = last + 1
+    def _read_lengths(self, steps: Sequence[ExtendStep]) -> None:
+        """Take the lengths from llama.cpp: a failed call may have kept some of its tokens.
+
+        A recurrent state may have been half updated, and nothing can take that back.
+        """
+        for step in steps:
+            if not self._model_info.can_rewind:
+                self._lib.llama_memory_seq_rm(self._memory, step.slot, -1, -1)
+            last = int(self._lib.llama_memory_seq_pos_max(self._memory, step.slot))
+            self._lengths[step.slot] = last + 1
 
     def _raise_decode_error(self, code: int, total: int) -> None:
         if code == _ABORTED:

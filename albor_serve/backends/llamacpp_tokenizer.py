@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from albor_serve.backends import llamacpp_native as native
 from albor_serve.errors import AlborError, BackendError, RequestError
@@ -17,6 +18,40 @@ from albor_serve.tokenizer import JsonTokenizer, Tokenizer, well_formed
 __all__ = ["LlamaCppTokenizer", "choose_tokenizer"]
 
 _MAX_TEXT_BYTES = (1 << 31) - 64
+_MAX_RUN_BYTES = 1000
+
+
+def _byte_classes() -> npt.NDArray[np.uint8]:
+    """For each byte: 0 white space, 1 ASCII punctuation, 2 all else."""
+    classes = np.full(256, 2, dtype=np.uint8)
+    classes[[*b" \t\n\v\f\r"]] = 0
+    classes[[b for b in range(0x21, 0x7F) if not (chr(b).isalnum() or chr(b) == "_")]] = 1
+    return classes
+
+
+_CLASS_OF_BYTE = _byte_classes()
+
+
+def split_long_runs(data: bytes) -> list[bytes]:
+    """Cut UTF-8 text inside any run of one class of characters that is longer than 1,000 bytes.
+
+    For some families (DeepSeek-Coder, Seed-Coder, Falcon) llama.cpp splits text with std::regex,
+    which recurses once for each character that a pattern matches: 32,000 letters in a row end
+    the process. No real token crosses such a cut but by chance.
+    """
+    if len(data) <= _MAX_RUN_BYTES:
+        return [data]
+    classes = _CLASS_OF_BYTE[np.frombuffer(data, dtype=np.uint8)]
+    starts = np.concatenate(([0], np.flatnonzero(np.diff(classes)) + 1, [len(data)]))
+    lengths = np.diff(starts)
+    cuts = [0]
+    for run in np.flatnonzero(lengths > _MAX_RUN_BYTES):
+        begin, end = int(starts[run]), int(starts[run + 1])
+        for cut in range(begin + _MAX_RUN_BYTES, end, _MAX_RUN_BYTES):
+            while data[cut] & 0xC0 == 0x80:  # inside a character
+                cut -= 1
+            cuts.append(cut)
+    return [data[a:b] for a, b in zip(cuts, [*cuts[1:], len(data)], strict=True)]
 
 
 class LlamaCppTokenizer:
@@ -37,6 +72,7 @@ class LlamaCppTokenizer:
         self._table: list[bytes] | None = None
         lib = self._lib
         self._vocab_size = int(lib.llama_vocab_n_tokens(vocab))
+        self._is_byte_level = lib.llama_vocab_type(vocab) == lib.LLAMA_VOCAB_TYPE_BPE
         bos = int(lib.llama_vocab_bos(vocab))
         self._bos = bos if bos >= 0 else None
         self._adds_bos = bool(lib.llama_vocab_get_add_bos(vocab)) and bos >= 0
@@ -75,6 +111,13 @@ class LlamaCppTokenizer:
             return []
         if len(data) > _MAX_TEXT_BYTES:
             raise RequestError("the text is larger than 2 GiB: shorten it")
+        # Only byte-level vocabularies are split by patterns; others may put a space before a text.
+        pieces = split_long_runs(data) if self._is_byte_level else [data]
+        if len(pieces) == 1:
+            return self._encode_piece(data, parse_special)
+        return [i for piece in pieces for i in self._encode_piece(piece, parse_special)]
+
+    def _encode_piece(self, data: bytes, parse_special: bool) -> list[int]:
         # No vocabulary makes more tokens than bytes, a leading space aside; the loop is for one
         # that does.
         capacity = len(data) + 16

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +15,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from albor_serve.backends.llamacpp import LlamaCppBackend
-from albor_serve.backends.llamacpp_tokenizer import LlamaCppTokenizer, choose_tokenizer
+from albor_serve.backends.llamacpp_tokenizer import (
+    LlamaCppTokenizer,
+    choose_tokenizer,
+    split_long_runs,
+)
 from albor_serve.errors import BackendError, RequestError
 from albor_serve.tokenizer import JsonTokenizer, Tokenizer, well_formed
 from tests.fixtures_tiny import SPECIALS, save_gguf, tiny_model, tiny_tokenizer_json
+
+RUN = st.integers(0, 3) | st.integers(990, 2500)
 
 HARD_TEXTS = [
     "",
@@ -34,8 +43,8 @@ HARD_TEXTS = [
     "1234567 ٣٤٥ ²³ Ⅷ ½",
     "if(x>=1&&y!=2){return!z;}//ok",
     "<|fim_prefix|><|endoftext|></s><0x0A>▁",
-    "a" * 5000,
-    "é" * 3000,
+    "a" * 1000,
+    "é" * 500,
     "( )" * 2000,
 ]
 
@@ -97,6 +106,43 @@ def test_random_unicode(gguf: LlamaCppTokenizer, peer: JsonTokenizer, text: str)
     ids = gguf.encode(text)
     assert ids == peer.encode(text)
     assert gguf.decode(ids) == well_formed(text).encode()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["a", " ", "é", "你", "😀", "(", "x y"]), RUN)))
+def test_long_runs_are_cut_between_characters(parts: list[tuple[str, int]]) -> None:
+    data = "".join(text * count for text, count in parts).encode()
+    pieces = split_long_runs(data)
+    assert b"".join(pieces) == data
+    for piece in pieces:
+        text = piece.decode()  # raises in the middle of a character
+        longest = max((len(run) for run in re.findall(r"\w+|\s+|[^\w\s]+", text)), default=0)
+        assert longest < 2000
+
+
+@pytest.mark.parametrize(
+    "text", ["a" * 3000, " " * 3000, "é😀" * 900, "<|fim_prefix|>" + "b" * 2500]
+)
+def test_long_runs_come_back(gguf: LlamaCppTokenizer, text: str) -> None:
+    assert gguf.decode(gguf.encode(text)) == text.encode()
+
+
+@pytest.mark.parametrize("pre", ["deepseek-coder", "seed-coder", "falcon"])
+def test_hostile_runs_do_not_end_the_process(tmp_path: Path, pre: str) -> None:
+    config, weights = tiny_model("llama")
+    path = save_gguf(tmp_path / "m.gguf", config, weights, metadata={"tokenizer.ggml.pre": pre})
+    program = f"""
+from albor_serve.backends.llamacpp import LlamaCppBackend
+backend = LlamaCppBackend.load({str(path)!r}, 1, 32, 1)
+for text in ("a", " ", "(", "\\n", "1", chr(0x4F60), chr(0x1F600)):
+    ids = backend.tokenizer.encode(text * 50_000)
+    assert backend.tokenizer.decode(ids) == (text * 50_000).encode()
+print("sound")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, cwd=Path.cwd(), timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, b"sound\n"), done.stderr
 
 
 def test_every_token_has_the_same_bytes(gguf: LlamaCppTokenizer, peer: JsonTokenizer) -> None:
