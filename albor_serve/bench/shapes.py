@@ -127,9 +127,7 @@ def _add_norm(writer: Any, name: str, size: int) -> None:
     writer.add_tensor(f"{name}.weight", np.ones(size, dtype=np.float32))
 
 
-def _add_matrix(
-    writer: Any, rng: np.random.Generator, name: str, rows: int, columns: int
-) -> None:
+def _add_matrix(writer: Any, rng: np.random.Generator, name: str, rows: int, columns: int) -> None:
     """Random Q4_0 groups made directly: 2 bytes of scale, 16 bytes of nibbles."""
     groups = rows * columns // 32
     scale = np.float16(1 / (_Q4_0_RMS * math.sqrt(columns)))

@@ -7,6 +7,7 @@ each line in is a JSON command, each line out its result.
 
 from __future__ import annotations
 
+import http.client
 import json
 import sys
 import threading
@@ -181,8 +182,6 @@ class _LlamaServer:
             raise ConfigError(
                 "the peer llama-server needs the package xllamacpp: pip install 'albor[bench]'"
             ) from error
-        import http.client
-
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
         params.n_ctx = context
@@ -192,8 +191,7 @@ class _LlamaServer:
         params.ui = False
         params.verbosity = -1
         self._server = xllamacpp.Server(params)
-        address = self._server.listening_address.removeprefix("http://")
-        self._http = http.client.HTTPConnection(address, timeout=600)
+        self._address = self._server.listening_address.removeprefix("http://")
 
     def generate(self, tokens: list[int], num_new: int, *, fresh: bool) -> Run:
         body = {
@@ -204,9 +202,14 @@ class _LlamaServer:
             "ignore_eos": True,
             "cache_prompt": not fresh,
         }
-        self._http.request("POST", "/completion", json.dumps(body))
-        response = self._http.getresponse()
-        answer = json.loads(response.read())
+        # A connection for each request: it drops idle ones while the others have their turn.
+        connection = http.client.HTTPConnection(self._address, timeout=600)
+        try:
+            connection.request("POST", "/completion", json.dumps(body))
+            response = connection.getresponse()
+            answer = json.loads(response.read())
+        finally:
+            connection.close()
         if response.status != 200:
             raise BackendError(f"llama-server answered {response.status}: see its log")
         # Its own clocks, without HTTP: what is most favourable to it.
