@@ -77,7 +77,7 @@ def live() -> Iterator[Live]:
 def soak(live: Live, num_clients: int, num_each: int) -> Tally:
     text = SOURCE.read_text(encoding="utf-8")
     tally = Tally()
-    alone: dict[str, tuple[str, list[float]]] = {}
+    alone: dict[str, Alone] = {}
     rngs = [random.Random(seed) for seed in range(num_clients)]
     plans = [[body_of(rng, text) for _ in range(num_each)] for rng in rngs]
     with httpx.Client(base_url=live.url, timeout=120) as http:
@@ -113,21 +113,38 @@ def soak(live: Live, num_clients: int, num_each: int) -> Tally:
     return tally
 
 
-def answer_alone(http: httpx.Client, body: dict[str, object]) -> tuple[str, list[float]]:
-    """The text, and after each token the margin between the two likeliest."""
+@dataclass(frozen=True)
+class Alone:
+    """An answer that was computed with nothing beside it."""
+
+    text: str
+    offsets: list[int]
+    margins: list[float]
+    """After each token: nats between the two likeliest."""
+
+    def margin_at(self, other: str) -> float:
+        """Margin of the token in which `other` first differs."""
+        pairs = zip(self.text, other, strict=False)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(other))
+        at = sum(offset <= same for offset in self.offsets) - 1
+        # The character may belong to this token or, where texts end, to the next.
+        return min(self.margins[max(at - 1, 0) : at + 2], default=0.0)
+
+
+def answer_alone(http: httpx.Client, body: dict[str, object]) -> Alone:
     choice = http.post(URL, json={**body, "logprobs": 2}).json()["choices"][0]
     margins = []
     for top in choice["logprobs"]["top_logprobs"]:
         ranked = sorted(top.values(), reverse=True)
         margins.append(ranked[0] - ranked[1] if len(ranked) > 1 else 0.0)
-    return choice["text"], margins
+    return Alone(choice["text"], choice["logprobs"]["text_offset"], margins)
 
 
 def one_request(
     http: httpx.Client,
     rng: random.Random,
     body: dict[str, object],
-    alone: tuple[str, list[float]],
+    alone: Alone,
     tally: Tally,
 ) -> None:
     kind = rng.random()
@@ -148,8 +165,8 @@ def one_request(
         assert response.status_code == 200, response.text
         tally.num_whole += 1
         text = response.json()["choices"][0]["text"]
-        if text != alone[0]:
-            margin = min(alone[1], default=0.0)
+        if text != alone.text:
+            margin = alone.margin_at(text)
             assert margin < NEAR_TIE, (text, alone)
             tally.ties.append(margin)
 
