@@ -70,6 +70,10 @@ class _Albor:
         del counts, context_len
         return {}
 
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        return self._backend.tokenizer.encode(text)
+
     def _run(self, tokens: list[int], num_new: int) -> tuple[Finished, list[float]]:
         times: list[float] = []
         ends: list[Event] = []
@@ -281,6 +285,8 @@ def _answer(measured: Measured, command: dict[str, Any]) -> dict[str, Any]:
         case "rows":
             rows = measured.rows(command["counts"], command["context_len"])
             return {"rows": rows}
+        case "tokenize" if isinstance(measured, _Albor):
+            return {"tokens": measured.tokenize(command["text"])}
         case "memory":
             status = Path("/proc/self/status").read_text()
             [resident] = [line for line in status.splitlines() if line.startswith("VmRSS:")]
