@@ -65,7 +65,7 @@ def _add_decode(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--threads", type=int, default=None, help="(the physical cores)")
     parser.add_argument(
         "--peers",
-        default="llama-server,llama-cpp-python",
+        default="llama-server,llama-cpp-python,llama-cpp-python-loop",
         help="comma-separated, or none (%(default)s)",
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures")
@@ -86,7 +86,7 @@ def _decode(options: argparse.Namespace) -> int:
         if getattr(options, name) < low:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {low}")
     peers = () if options.peers == "none" else tuple(options.peers.split(","))
-    unknown = set(peers) - {"llama-server", "llama-cpp-python"}
+    unknown = set(peers) - {"llama-server", "llama-cpp-python", "llama-cpp-python-loop"}
     if unknown:
         raise ConfigError(f"no such peer: {', '.join(sorted(unknown))}; see --help")
     settings = DecodeSettings(
