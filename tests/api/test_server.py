@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
@@ -157,3 +158,24 @@ def test_two_servers_never_share_a_port() -> None:
 def test_impossible_addresses(host: str, port: int, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         bind(host, port)
+
+
+def test_answers_leave_without_waiting_for_acknowledgements() -> None:
+    async def option_of_an_accepted_connection() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def accepted(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            sock = writer.get_extra_info("socket")
+            found.set_result(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with bind("127.0.0.1", 0) as sock:
+            port = sock.getsockname()[1]
+            async with await asyncio.start_server(accepted, sock=sock):
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+                option = await found
+                writer.close()
+                await writer.wait_closed()
+                return option
+
+    assert asyncio.run(option_of_an_accepted_connection()) != 0
