@@ -431,7 +431,10 @@ def _write_rows(
         rows[row, len(flat) :] = pad_id
     rows.flush()
     num_tokens = sum(len(ids) for ids in examples)
+    lengths = tokenizer.token_lengths()
+    num_bytes = sum(int(lengths[ids].sum()) for ids in examples)
     return {
+        "num_bytes": num_bytes,
         "num_rows": len(bins),
         "num_examples": len(examples),
         "num_tokens": num_tokens,

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from albor_train.errors import DataError
@@ -174,6 +176,14 @@ class TrainingTokenizer:
     def special(self, spelling: str) -> int:
         """Id of a control token; KeyError for any other spelling."""
         return self._special[spelling]
+
+    def token_lengths(self) -> npt.NDArray[np.int64]:
+        """UTF-8 bytes that each id stands for, int64 [vocab_size]; 0 for control tokens."""
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for spelling, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            # A byte-level token has one letter for each byte.
+            lengths[number] = 0 if number < len(SPECIALS) else len(spelling)
+        return lengths
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, control spellings taken as plain text."""
