@@ -31,11 +31,12 @@ def document_ids(tokens: Tensor, end_id: int, pad_id: int) -> Tensor:
     return torch.where(tokens == pad_id, numbers + (tokens == pad_id).int(), numbers).int()
 
 
-def prepare_mask(kind: AttentionKind, documents: Tensor) -> Any:
+def prepare_mask(kind: AttentionKind, documents: Tensor, device: torch.device) -> Any:
     """What `attention_for` needs of one batch. Made outside a compiled function.
 
     Args:
-        documents: int32 [B, T] from `document_ids`.
+        documents: int32 [B, T] from `document_ids`, on the CPU, so that no step waits for the GPU.
+        device: where attention runs.
 
     Raises:
         TrainingError: this torch or device can't do `kind`.
@@ -43,33 +44,36 @@ def prepare_mask(kind: AttentionKind, documents: Tensor) -> Any:
     batch, length = documents.shape
     if kind == "causal":
         return None
+    if kind == "document_varlen":
+        return _segment_bounds(documents, device)
+    documents = documents.to(device, non_blocking=True)
     if kind == "document_mask":
         same = documents[:, :, None] == documents[:, None, :]
         causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
         return (same & causal)[:, None]
-    if kind == "document_flex":
 
-        def visible(b: Tensor, _h: Tensor, row: Tensor, col: Tensor) -> Tensor:
-            return (row >= col) & (documents[b, row] == documents[b, col])
+    def visible(b: Tensor, _h: Tensor, row: Tensor, col: Tensor) -> Tensor:
+        return (row >= col) & (documents[b, row] == documents[b, col])
 
-        return flex_attention.create_block_mask(
-            visible, batch, None, length, length, device=documents.device
-        )
-    if documents.device.type != "cuda":
+    return flex_attention.create_block_mask(
+        visible, batch, None, length, length, device=documents.device
+    )
+
+
+def _segment_bounds(documents: Tensor, device: torch.device) -> Tensor:
+    """Starts of the documents in the flattened batch, int32 [S + 1], for varlen_attn."""
+    if device.type != "cuda":
         raise TrainingError(
             "train.attention document_varlen needs a CUDA device: take document_mask on a CPU"
         )
-    # Over the flattened batch a new segment starts with each row and each document.
     first = torch.ones_like(documents, dtype=torch.bool)
     first[:, 1:] = documents[:, 1:] != documents[:, :-1]
     starts = torch.nonzero(first.flatten()).squeeze(1).int()
     # Few different lengths, so that few graphs are compiled; unused segments are empty.
     size = max(64, 1 << len(starts).bit_length())
-    bounds = torch.full(
-        (size + 1,), batch * length, dtype=torch.int32, device=documents.device
-    )
+    bounds = torch.full((size + 1,), documents.numel(), dtype=torch.int32)
     bounds[: len(starts)] = starts
-    return bounds
+    return bounds.pin_memory().to(device, non_blocking=True)
 
 
 def attention_for(kind: AttentionKind, mask: Any) -> Attend | None:

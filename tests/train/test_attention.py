@@ -9,6 +9,7 @@ from albor_train.attention import attention_for, document_ids, prepare_mask
 from albor_train.errors import TrainingError
 from albor_train.spec import AttentionKind
 
+CPU = torch.device("cpu")
 CONFIG = ModelConfig("qwen3", 32, 32, 64, 2, 4, 2, 8, 64, qk_norm=True, tie_embeddings=True)
 
 
@@ -25,7 +26,7 @@ def test_a_document_sees_only_itself(kind: AttentionKind) -> None:
     first, second = torch.randint(5, 32, (1, 9)), torch.randint(5, 32, (1, 7))
     first[0, -1] = second[0, -1] = 0
     row = torch.cat([first, second], dim=1)
-    attend = attention_for(kind, prepare_mask(kind, document_ids(row, 0, 4)))
+    attend = attention_for(kind, prepare_mask(kind, document_ids(row, 0, 4), CPU))
     with torch.no_grad():
         packed = model.hidden(row, attend=attend)
         alone = [model.hidden(part) for part in (first, second)]
@@ -35,4 +36,4 @@ def test_a_document_sees_only_itself(kind: AttentionKind) -> None:
 
 def test_varlen_on_a_cpu_is_an_error() -> None:
     with pytest.raises(TrainingError, match="CUDA"):
-        prepare_mask("document_varlen", torch.zeros(1, 8, dtype=torch.int32))
+        prepare_mask("document_varlen", torch.zeros(1, 8, dtype=torch.int32), CPU)
