@@ -32,6 +32,8 @@ __all__ = [
     "ROPE_SCALINGS",
     "SPECIALS",
     "Weights",
+    "add_vocabulary",
+    "hf_config",
     "random_tokens",
     "reader",
     "save_gguf",
@@ -314,7 +316,7 @@ def save_gguf(
         writer.add_vocab_size(config.vocab_size)
         writer.add_rope_dimension_count(config.head_dim)
         _add_rope(writer, config)
-        _add_vocabulary(writer, config, tokenizer_json or tiny_tokenizer_json())
+        add_vocabulary(writer, config, tokenizer_json)
         for key, value in (metadata or {}).items():
             _add_value(writer, key, value)
         for name, array in weights.items():
@@ -378,10 +380,11 @@ def _add_rope(writer: Any, config: ModelConfig) -> None:
         writer.add_tensor("rope_freqs.weight", np.array(divisors, dtype=np.float32))
 
 
-def _add_vocabulary(writer: Any, config: ModelConfig, tokenizer_json: str) -> None:
+def add_vocabulary(writer: Any, config: ModelConfig, tokenizer_json: str | None = None) -> None:
+    """Write a byte-level tokenizer (the tiny one by default) into a gguf.GGUFWriter."""
     import gguf
 
-    data = json.loads(tokenizer_json)
+    data = json.loads(tokenizer_json or tiny_tokenizer_json())
     spellings = {token_id: text for text, token_id in data["model"]["vocab"].items()}
     types = dict.fromkeys(spellings, gguf.TokenType.NORMAL)
     for added in data["added_tokens"]:

@@ -137,6 +137,18 @@ def test_token_types_and_padding(tmp_path: Path) -> None:
     assert (tokens[419], types[419]) == ("[PAD419]", 5)
 
 
+def test_absent_special_tokens_do_not_become_the_word_none(tmp_path: Path) -> None:
+    raw = json.loads(byte_level_tokenizer().to_str())
+    raw["model"]["vocab"]["None"] = 400
+    raw["model"]["vocab"]["No"], raw["model"]["vocab"]["ne"] = 401, 402
+    raw["model"]["merges"] += [["N", "o"], ["n", "e"], ["No", "ne"]]
+    assert raw["model"]["unk_token"] is None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+    values = vocab_from_tokenizer_json(tmp_path / "tokenizer.json", _config()).values
+    assert values["tokenizer.ggml.token_type"][400] == 1
+    assert "tokenizer.ggml.unknown_token_id" not in values
+
+
 @pytest.mark.parametrize("source", ["post_processor", "setting", "none", "setting off"])
 def test_add_bos(source: str, tmp_path: Path) -> None:
     tokenizer = byte_level_tokenizer()

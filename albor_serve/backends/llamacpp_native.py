@@ -17,6 +17,7 @@ from albor_serve.errors import BackendError
 
 __all__ = [
     "NativeAbortFlag",
+    "available_memory_bytes",
     "check_cpu_features",
     "last_log_errors",
     "load_library",
@@ -189,6 +190,23 @@ def _cgroup_cpus() -> int | None:
         return None if quota == "max" else max(1, int(quota) // int(period))
     except (OSError, ValueError):
         return None
+
+
+def available_memory_bytes() -> int | None:
+    """Memory that this process may still take: the system's and its cgroup's; None if unknown."""
+    found: list[int] = []
+    try:
+        meminfo = Path("/proc/meminfo").read_text(encoding="ascii", errors="replace")
+        match = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo, re.MULTILINE)
+        if match:
+            found.append(int(match.group(1)) * 1024)
+        cgroup = Path("/sys/fs/cgroup")
+        limit = (cgroup / "memory.max").read_text().strip()
+        if limit != "max":
+            found.append(int(limit) - int((cgroup / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    return max(0, min(found)) if found else None
 
 
 class NativeAbortFlag:

@@ -5,17 +5,53 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from albor_serve.backends import llamacpp_native as native
-from albor_serve.errors import BackendError, RequestError
-from albor_serve.tokenizer import well_formed
+from albor_serve.errors import AlborError, BackendError, RequestError
+from albor_serve.tokenizer import JsonTokenizer, Tokenizer, well_formed
 
-__all__ = ["LlamaCppTokenizer"]
+__all__ = ["LlamaCppTokenizer", "choose_tokenizer"]
 
 _MAX_TEXT_BYTES = (1 << 31) - 64
+_MAX_RUN_BYTES = 1000
+
+
+def _byte_classes() -> npt.NDArray[np.uint8]:
+    """For each byte: 0 white space, 1 ASCII punctuation, 2 all else."""
+    classes = np.full(256, 2, dtype=np.uint8)
+    classes[[*b" \t\n\v\f\r"]] = 0
+    classes[[b for b in range(0x21, 0x7F) if not (chr(b).isalnum() or chr(b) == "_")]] = 1
+    return classes
+
+
+_CLASS_OF_BYTE = _byte_classes()
+
+
+def split_long_runs(data: bytes) -> list[bytes]:
+    """Cut UTF-8 text inside any run of one class of characters that is longer than 1,000 bytes.
+
+    For some families (DeepSeek-Coder, Seed-Coder, Falcon) llama.cpp splits text with std::regex,
+    which recurses once for each character that a pattern matches: 32,000 letters in a row end
+    the process. No real token crosses such a cut but by chance.
+    """
+    if len(data) <= _MAX_RUN_BYTES:
+        return [data]
+    classes = _CLASS_OF_BYTE[np.frombuffer(data, dtype=np.uint8)]
+    starts = np.concatenate(([0], np.flatnonzero(np.diff(classes)) + 1, [len(data)]))
+    lengths = np.diff(starts)
+    cuts = [0]
+    for run in np.flatnonzero(lengths > _MAX_RUN_BYTES):
+        begin, end = int(starts[run]), int(starts[run + 1])
+        for cut in range(begin + _MAX_RUN_BYTES, end, _MAX_RUN_BYTES):
+            while data[cut] & 0xC0 == 0x80:  # inside a character
+                cut -= 1
+            cuts.append(cut)
+    return [data[a:b] for a, b in zip(cuts, [*cuts[1:], len(data)], strict=True)]
 
 
 class LlamaCppTokenizer:
@@ -36,6 +72,7 @@ class LlamaCppTokenizer:
         self._table: list[bytes] | None = None
         lib = self._lib
         self._vocab_size = int(lib.llama_vocab_n_tokens(vocab))
+        self._is_byte_level = lib.llama_vocab_type(vocab) == lib.LLAMA_VOCAB_TYPE_BPE
         bos = int(lib.llama_vocab_bos(vocab))
         self._bos = bos if bos >= 0 else None
         self._adds_bos = bool(lib.llama_vocab_get_add_bos(vocab)) and bos >= 0
@@ -74,6 +111,13 @@ class LlamaCppTokenizer:
             return []
         if len(data) > _MAX_TEXT_BYTES:
             raise RequestError("the text is larger than 2 GiB: shorten it")
+        # Only byte-level vocabularies are split by patterns; others may put a space before a text.
+        pieces = split_long_runs(data) if self._is_byte_level else [data]
+        if len(pieces) == 1:
+            return self._encode_piece(data, parse_special)
+        return [i for piece in pieces for i in self._encode_piece(piece, parse_special)]
+
+    def _encode_piece(self, data: bytes, parse_special: bool) -> list[int]:
         # No vocabulary makes more tokens than bytes, a leading space aside; the loop is for one
         # that does.
         capacity = len(data) + 16
@@ -165,3 +209,47 @@ class LlamaCppTokenizer:
                 table.append(ctypes.string_at(buffer, count) if count > 0 else b"")
             self._table = table
         return table
+
+
+_PROBES = (
+    'def f(self, x: int = 10) -> str:\n    return f"{x!r:>{20}}"\n\n\n',
+    '\tif (a&&b) {\r\n\t\tprintf("%d\\n", 0x1F, 1_000, 3.14e-10);\r\n\t}\r\n',
+    " " * 7 + "x" + " " * 129 + "\n" + "\t" * 9 + "\n\n \n",
+    "don't WE'LL I'd you've it's I'M\u2019s snake_case camelCase HTTPServer2",
+    "caf\u00e9 cafe\u0301 \u4f60\u597d\u4e16\u754c \u0441\u043b\u043e \ufb01",
+    "\u0645\u0631\u062d\u0628\u0627 \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \u0928\u092e\u0938\u094d",
+    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \u00a0\u2003\u3000\ufeff\x00\x7f\x85",
+    "12345 1234567890123 \u0663\u0664 \u00b2\u00bd \u2167 ++--==>>>=<<= //### ... ---",
+    "<|fim_prefix|> <|endoftext|> </s> <s> [INST] <fim_suffix>",
+)
+"""Texts on which pre-tokenizers and normalizers are known to differ."""
+
+
+def choose_tokenizer(gguf: LlamaCppTokenizer, tokenizer_json: Path) -> Tokenizer:
+    """The tokenizer to use for a GGUF file that may have a tokenizer.json beside it.
+
+    llama.cpp reimplements each family's pre-tokenizer and has no Unicode normalization, so its
+    ids can differ from those of training. The rule:
+
+    1. No tokenizer.json, an unreadable one, or one of another vocabulary (some token stands for
+       other bytes): the GGUF file's own.
+    2. Both give the same ids on a set of probing texts: the GGUF file's own; it needs nothing
+       else in memory.
+    3. They differ: tokenizer.json, which is what the model was trained with.
+    """
+    if not tokenizer_json.is_file():
+        return gguf
+    try:
+        theirs = JsonTokenizer.from_folder(
+            tokenizer_json.parent,
+            bos_token_id=gguf.bos_token_id,
+            eos_token_ids=gguf.eos_token_ids,
+            vocab_size=gguf.vocab_size,
+        )
+    except AlborError:
+        return gguf
+    ids = range(gguf.vocab_size)
+    if any(gguf.token_bytes(i) != theirs.token_bytes(i) for i in ids if theirs.token_bytes(i)):
+        return gguf
+    same = all(gguf.encode(text) == theirs.encode(text) for text in _PROBES)
+    return gguf if same else theirs

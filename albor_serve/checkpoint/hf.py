@@ -288,7 +288,8 @@ def _reject_features(raw: Mapping[str, Any]) -> None:
         )
     if raw.get("partial_rotary_factor", 1.0) not in (1, None):
         raise UnsupportedModelError(
-            f"partial_rotary_factor is {raw['partial_rotary_factor']!r:.40}: albor rotates whole heads"
+            f"partial_rotary_factor is {raw['partial_rotary_factor']!r:.40}: albor rotates whole "
+            f"heads"
         )
 
 

@@ -229,7 +229,7 @@ class _Translator:
             "bos": self._config.bos_token_id,
             "eos": self._eos(),
             "eot": self._first(_EOT_SPELLINGS),
-            "unknown": self._ids.get(str(self._model.get("unk_token"))),
+            "unknown": self._id_of(self._model.get("unk_token")),
             "padding": self._side_token("pad_token"),
         }
         if roles["bos"] is None:
@@ -263,9 +263,10 @@ class _Translator:
 
     def _side_token(self, key: str) -> int | None:
         value = self._side.get(key)
-        if isinstance(value, dict):
-            value = value.get("content")
-        return self._ids.get(value) if isinstance(value, str) else None
+        return self._id_of(value.get("content") if isinstance(value, dict) else value)
+
+    def _id_of(self, token: Any) -> int | None:
+        return self._ids.get(token) if isinstance(token, str) else None
 
     def _adds_bos(self, bos: int | None) -> bool:
         setting = self._side.get("add_bos_token")

@@ -1,0 +1,318 @@
+"""Routes: what each URL does, and the rules that hold for all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from albor_serve import __version__
+from albor_serve.api.completion import Completion, Job, ServedModel, plan_jobs
+from albor_serve.api.errors import PayloadTooLargeError, error_response
+from albor_serve.api.openai import CompletionStream, completion_body, model_body, models_body
+from albor_serve.api.schemas import CompletionBody, parse_completion, parse_json
+from albor_serve.config import SamplingParams
+from albor_serve.errors import AlborError, BackendError, RequestError, UnknownModelError
+from albor_serve.sequence import GenerateRequest
+
+__all__ = ["AppSettings", "create_app"]
+
+logger = logging.getLogger(__name__)
+
+LARGE_BODY_BYTES = 32 * 1024
+"""Tokenizing more than this takes milliseconds, so it runs beside the event loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class AppSettings:
+    """Limits of the HTTP surface."""
+
+    max_body_bytes: int = 4 << 20
+    keep_alive_s: float = 15.0
+    """A comment is sent after so long without a token, so that proxies keep the stream open."""
+    health_s: float = 30.0
+    """How long a finished completion proves that the server works."""
+    health_timeout_s: float = 10.0
+    allowed_hosts: tuple[str, ...] | None = ("localhost", "127.0.0.1", "[::1]")
+    """Names a request's Host header may have, so that no web page can reach the server through a
+    name of its own (DNS rebinding); None allows any."""
+
+
+def create_app(served: ServedModel, settings: AppSettings | None = None) -> FastAPI:
+    """The ASGI application for one served model; the caller starts and closes its engine."""
+    return _App(served, settings or AppSettings()).make()
+
+
+class _App:
+    def __init__(self, served: ServedModel, settings: AppSettings) -> None:
+        self._served = served
+        self._settings = settings
+        self._last_ok_s = float("-inf")
+
+    def make(self) -> FastAPI:
+        app = FastAPI(
+            title="albor",
+            version=__version__,
+            summary="Local code completion: OpenAI-compatible, with fill-in-the-middle.",
+            docs_url=None,
+            redoc_url=None,
+        )
+        app.add_exception_handler(AlborError, _on_albor_error)
+        app.add_exception_handler(HTTPException, _on_http_error)
+        app.add_exception_handler(RequestValidationError, _on_validation_error)
+        app.add_exception_handler(Exception, _on_bug)
+        schema = {
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": CompletionBody.model_json_schema()}},
+            }
+        }
+        app.add_api_route(
+            "/v1/completions", self.completions, methods=["POST"], openapi_extra=schema
+        )
+        app.add_api_route("/v1/models", self.models, methods=["GET"])
+        app.add_api_route("/v1/models/{name:path}", self.model, methods=["GET"])
+        app.add_api_route("/health", self.health, methods=["GET"])
+        app.add_api_route("/", self.home, methods=["GET"], response_class=PlainTextResponse)
+        app.add_middleware(_SiteCheck, allowed=self._settings.allowed_hosts)
+        return app
+
+    async def completions(self, request: Request) -> Response:
+        """OpenAI's text completion; with `suffix`, fill-in-the-middle at the cursor."""
+        data = await _read_body(request, self._settings.max_body_bytes)
+        body = parse_completion(parse_json(data))
+        if not self._served.answers_to(body.model):
+            raise _unknown_model(self._served)
+        if len(data) > LARGE_BODY_BYTES:
+            jobs = await asyncio.to_thread(plan_jobs, self._served, body)
+        else:
+            jobs = plan_jobs(self._served, body)
+        completion = Completion(self._served.engine, jobs)
+        if body.stream:
+            stream = CompletionStream(self._served, body, completion)
+            return _SseResponse(completion, stream, self._settings.keep_alive_s, self._worked)
+        await _unless_disconnected(request, completion)
+        self._worked()
+        return _json(completion_body(self._served, body, completion))
+
+    async def models(self) -> Response:
+        """The models that this server answers for."""
+        return _json(models_body([self._served]))
+
+    async def model(self, name: str) -> Response:
+        """One model."""
+        if name not in (self._served.name, *self._served.aliases):
+            raise _unknown_model(self._served)
+        return _json(model_body(self._served, name))
+
+    async def health(self) -> Response:
+        """200 only if a completion has worked just now."""
+        engine = self._served.engine
+        failure = engine.stats().failure
+        if failure is not None:
+            return error_response(BackendError(failure), 503)
+        if time.monotonic() - self._last_ok_s > self._settings.health_s:
+            try:
+                await self._prove()
+            except AlborError as error:
+                return error_response(error, 503)
+        return _json({"status": "ok", "model": self._served.name})
+
+    async def home(self) -> str:
+        """What this is, for a person with a browser."""
+        return (
+            f"albor {__version__} serves {self._served.name}\n"
+            f"POST /v1/completions   GET /v1/models   GET /health   GET /openapi.json\n"
+        )
+
+    async def _prove(self) -> None:
+        """Complete one token, or raise."""
+        engine = self._served.engine
+        tokens = engine.tokenizer.encode("\n") or [0]
+        jobs = [_probe(tokens)]
+        completion = Completion(engine, jobs)
+        try:
+            async with asyncio.timeout(self._settings.health_timeout_s):
+                await completion.wait()
+        except TimeoutError:
+            # A queue of people's requests is life enough; a stuck engine is not.
+            raise BackendError(
+                f"no completion within {self._settings.health_timeout_s:g} s: the server is "
+                f"overloaded or stuck"
+            ) from None
+        self._worked()
+
+    def _worked(self) -> None:
+        self._last_ok_s = time.monotonic()
+
+
+def _probe(tokens: Sequence[int]) -> Job:
+    return Job(GenerateRequest(tuple(tokens), 1, SamplingParams(temperature=0.0)), 0)
+
+
+class _SseResponse(Response):
+    """A streamed answer: its headers wait for the first event, so that an early failure still
+    gets its real status; it stops the engine as soon as the client is gone."""
+
+    def __init__(
+        self,
+        completion: Completion,
+        stream: CompletionStream,
+        keep_alive_s: float,
+        on_success: Callable[[], None],
+    ) -> None:
+        super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        # The length is not known; Response has set it for an empty body.
+        del self.headers["content-length"]
+        self._completion = completion
+        self._stream = stream
+        self._keep_alive_s = keep_alive_s
+        self._on_success = on_success
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watcher = asyncio.create_task(_wait_for_disconnect(receive, self._completion))
+        try:
+            await self._send_all(scope, receive, send)
+        finally:
+            watcher.cancel()
+            self._completion.cancel()
+
+    async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def write(*chunks: bytes) -> None:
+            nonlocal started
+            if not started:
+                started = True
+                await send(
+                    {
+                        "type": "http.response.start",
+                        "status": 200,
+                        "headers": self.raw_headers,
+                    }
+                )
+                chunks = (*self._stream.first(), *chunks)
+            await send({"type": "http.response.body", "body": b"".join(chunks), "more_body": True})
+
+        try:
+            async for updates in self._completion.updates(self._keep_alive_s):
+                if updates:
+                    await write(*(c for update in updates for c in self._stream.update(update)))
+                else:
+                    await write(b": still working\n\n")
+            self._on_success()
+            await write(*self._stream.last())
+        except AlborError as error:
+            if not started:
+                await error_response(error)(scope, receive, send)
+                return
+            await write(*self._stream.failed(error))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class _SiteCheck:
+    """Refuses what a web page of another site sends: a Host or an Origin that is not ours."""
+
+    def __init__(self, app: ASGIApp, allowed: tuple[str, ...] | None) -> None:
+        self._app = app
+        self._allowed = allowed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._allowed is not None:
+            headers = dict(scope["headers"])
+            host = headers.get(b"host", b"").decode("latin-1").lower()
+            origin = headers.get(b"origin", b"").decode("latin-1").lower()
+            site = origin.partition("://")[2]
+            if not all(_host_name(name) in ("", *self._allowed) for name in (host, site)):
+                error = RequestError(
+                    "this server answers only to pages and names of this machine: use 127.0.0.1 "
+                    "or localhost, or start it with --host and the name",
+                    code="host_not_allowed",
+                )
+                await error_response(error, 403)(scope, receive, send)
+                return
+            if origin and not site:  # "null": a sandboxed page or a local file
+                await error_response(RequestError("this Origin is not allowed"), 403)(
+                    scope, receive, send
+                )
+                return
+        await self._app(scope, receive, send)
+
+
+def _host_name(host: str) -> str:
+    """The name in "name:port"; IPv6 addresses keep their brackets."""
+    return host if host.endswith("]") else host.rsplit(":", 1)[0]
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    """The whole body, refused as soon as it is known to be too long."""
+    too_large = PayloadTooLargeError(
+        f"the body is larger than {limit} bytes: send less text", code="payload_too_large"
+    )
+    declared = request.headers.get("content-length", "0")
+    if declared.isdigit() and int(declared) > limit:
+        raise too_large
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit:
+            raise too_large
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def _wait_for_disconnect(receive: Receive, completion: Completion) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    completion.cancel()
+
+
+async def _unless_disconnected(request: Request, completion: Completion) -> None:
+    """Run a completion to its end; a client that goes away cancels it."""
+    watcher = asyncio.create_task(_wait_for_disconnect(request.receive, completion))
+    try:
+        await completion.wait()
+    finally:
+        watcher.cancel()
+
+
+def _unknown_model(served: ServedModel) -> UnknownModelError:
+    return UnknownModelError(
+        f"no such model here: this server has {served.name} (GET /v1/models lists all names)",
+        param="model",
+    )
+
+
+def _json(body: dict[str, Any]) -> Response:
+    return Response(json.dumps(body).encode(), media_type="application/json")
+
+
+async def _on_albor_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, AlborError)
+    return error_response(error)
+
+
+async def _on_http_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    known = {404: "no such URL: GET / lists them", 405: "this URL does not take that method"}
+    message = known.get(error.status_code, "the request could not be read")
+    return error_response(RequestError(message), error.status_code)
+
+
+async def _on_validation_error(_request: Request, _error: Exception) -> Response:
+    return error_response(RequestError("the request could not be read"), 400)
+
+
+async def _on_bug(_request: Request, _error: Exception) -> Response:
+    return error_response(BackendError("an internal error; the server's log has the details"), 500)

@@ -1,0 +1,293 @@
+"""The completion core: prompts to engine requests, engine events to answers.
+
+Every dialect of the HTTP surface plans `Job`s, runs them through one `Completion` and reads the
+same `Answer`s; only the shape of its JSON is its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from albor_serve.api.bridge import EventBridge
+from albor_serve.api.errors import SupersededError
+from albor_serve.api.schemas import CompletionBody, Prompt
+from albor_serve.config import SamplingParams
+from albor_serve.engine import Engine, Ticket
+from albor_serve.errors import AlborError, PromptTooLongError, RequestError
+from albor_serve.fim import FimTemplate, build_fim_prompt
+from albor_serve.sequence import (
+    Delta,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    GenerateRequest,
+    Timings,
+    TokenInfo,
+)
+
+__all__ = ["Answer", "Completion", "Job", "ServedModel", "Update", "plan_jobs"]
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A loaded model under the names that clients use."""
+
+    name: str
+    engine: Engine
+    template: FimTemplate | None
+    """How the model fills in the middle; None where it can't."""
+    aliases: tuple[str, ...] = ()
+    description: str = ""
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def answers_to(self, name: str | None) -> bool:
+        """Whether a request for `name` is for this model."""
+        return name in (None, "", "default", self.name, *self.aliases)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One engine request and what its answer needs to know of it."""
+
+    request: GenerateRequest
+    prompt_index: int
+    echo: str = ""
+    """Text to put before the answer's."""
+    wants_logprobs: bool = False
+
+
+def plan_jobs(served: ServedModel, body: CompletionBody) -> list[Job]:
+    """One job for each candidate answer, prompts in order.
+
+    Tokenizes, so a large body takes milliseconds: run it in a thread then.
+
+    Raises:
+        RequestError: the model can't fill in, a prompt is empty or does not fit.
+    """
+    prompts = body.prompts()
+    if body.suffix is not None and len(prompts) > 1:
+        raise RequestError("suffix needs exactly one prompt", param="suffix")
+    group = secrets.token_hex(8)
+    stops = body.stops()
+    jobs = []
+    for prompt_index, prompt in enumerate(prompts):
+        tokens, forced, echo = _prompt_tokens(served, body, prompt)
+        max_new = 16 if body.max_tokens is None else body.max_tokens
+        if forced and max_new:
+            # Tokens that only repeat what stands before the cursor are not the caller's.
+            max_new += len(served.engine.tokenizer.encode(forced.decode("utf-8", "replace")))
+        for candidate in range(body.num_candidates):
+            request = GenerateRequest(
+                prompt=tokens,
+                max_new_tokens=max_new,
+                sampling=_sampling(body, candidate),
+                stop=stops,
+                ignore_eos=bool(body.ignore_eos),
+                forced_bytes=forced,
+                session=body.albor.session if body.albor else None,
+                group=group,
+                deadline_ms=body.albor.deadline_ms if body.albor else None,
+                priority=body.albor.priority if body.albor else "interactive",
+                prompt_logprobs=bool(body.echo) and body.logprobs is not None,
+            )
+            jobs.append(Job(request, prompt_index, echo, body.logprobs is not None))
+    return jobs
+
+
+def _prompt_tokens(
+    served: ServedModel, body: CompletionBody, prompt: Prompt
+) -> tuple[tuple[int, ...], bytes, str]:
+    """(tokens, forced bytes, text to echo) of one prompt."""
+    tokenizer = served.engine.tokenizer
+    if body.suffix is not None:
+        if served.template is None:
+            raise RequestError(
+                f"the model {served.name} was not trained to fill in the middle: leave out "
+                f"suffix, or serve a model with FIM tokens such as the embedded one",
+                param="suffix",
+                code="fim_unsupported",
+            )
+        text = (
+            prompt
+            if isinstance(prompt, str)
+            else tokenizer.decode(prompt).decode("utf-8", "replace")
+        )
+        max_seq_len = served.engine.max_seq_len
+        fim = build_fim_prompt(
+            served.template, tokenizer, text, body.suffix, max_prompt_len=max_seq_len - 1
+        )
+        if fim.num_prefix_dropped or fim.num_suffix_dropped:
+            # Never cut silently: the caller has to know what the model did not see.
+            code_len = len(tokenizer.encode(text)) + len(tokenizer.encode(body.suffix))
+            raise PromptTooLongError(code_len + len(served.template.spellings), max_seq_len)
+        return fim.tokens, fim.forced_bytes, ""
+    if isinstance(prompt, str):
+        ids = tuple(tokenizer.encode(prompt, parse_special=True))
+        if tokenizer.adds_bos and tokenizer.bos_token_id is not None:
+            ids = (tokenizer.bos_token_id, *ids)
+        if not ids:
+            raise RequestError("the prompt is empty: give at least one character", param="prompt")
+        return ids, b"", prompt if body.echo else ""
+    echo = ""
+    if body.echo:
+        if not all(0 <= i < tokenizer.vocab_size for i in prompt):
+            raise RequestError("a prompt token id is outside the vocabulary", param="prompt")
+        echo = tokenizer.decode(prompt).decode("utf-8", "replace")
+    return prompt, b"", echo
+
+
+def _sampling(body: CompletionBody, candidate: int) -> SamplingParams:
+    num_logprobs = body.logprobs
+    if num_logprobs is None and body.num_candidates > body.num_choices:
+        num_logprobs = 0  # best_of ranks by them
+    return SamplingParams(
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_k=max(body.top_k or 0, 0),
+        top_p=1.0 if body.top_p is None else body.top_p,
+        min_p=body.min_p or 0.0,
+        repetition_penalty=body.repetition_penalty or 1.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=body.biases(),
+        seed=None if body.seed is None else (body.seed + candidate) % (1 << 64),
+        num_logprobs=num_logprobs,
+    )
+
+
+@dataclass(slots=True)
+class Answer:
+    """One job's answer as far as it has come."""
+
+    job: Job
+    text: str = ""
+    tokens: list[TokenInfo] = field(default_factory=list)
+    reason: FinishReason | None = None
+    timings: Timings | None = None
+    prompt_tokens: tuple[TokenInfo, ...] = ()
+
+    @property
+    def mean_logprob(self) -> float:
+        """Average log-probability of its tokens; best_of keeps the highest."""
+        known = [token.logprob for token in self.tokens if token.logprob is not None]
+        return sum(known) / len(known) if known else float("-inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What is new about one answer."""
+
+    index: int
+    text: str
+    tokens: tuple[TokenInfo, ...]
+    reason: FinishReason | None
+
+
+class Completion:
+    """Jobs in flight. Use it in the event loop that made it; `cancel` when nobody listens."""
+
+    def __init__(self, engine: Engine, jobs: Sequence[Job]) -> None:
+        """Submit all jobs.
+
+        Raises:
+            AlborError: the engine refused one; those before it are cancelled.
+        """
+        self.answers = tuple(Answer(job) for job in jobs)
+        self._bridge = EventBridge()
+        self._tickets: list[Ticket] = []
+        self._num_open = len(jobs)
+        try:
+            for index, job in enumerate(jobs):
+                self._tickets.append(engine.submit(job.request, self._bridge.sink(index)))
+        except BaseException:
+            self.cancel()
+            raise
+
+    def cancel(self) -> None:
+        """Stop all jobs that still run."""
+        for ticket in self._tickets:
+            ticket.cancel()
+
+    async def updates(self, idle_s: float | None = None) -> AsyncIterator[list[Update]]:
+        """Batches of updates until every job has ended; [] after each `idle_s` without news.
+
+        Raises:
+            AlborError: a job failed, or was cancelled by a newer request of its session. The
+                other jobs are cancelled then.
+        """
+        try:
+            while self._num_open:
+                try:
+                    async with asyncio.timeout(idle_s):
+                        batch = await self._bridge.next_batch()
+                except TimeoutError:
+                    yield []
+                    continue
+                news = self._merge(batch)
+                if news:
+                    yield news
+        finally:
+            if self._num_open:
+                self.cancel()
+
+    async def wait(self) -> None:
+        """Run to the end, keeping everything in `answers`. Raises what `updates` raises."""
+        async for _ in self.updates():
+            pass
+
+    def _merge(self, batch: list[tuple[int, Event]]) -> list[Update]:
+        """Add events to the answers; at most one update an answer."""
+        texts: dict[int, list[str]] = {}
+        tokens: dict[int, list[TokenInfo]] = {}
+        for index, event in batch:
+            answer = self.answers[index]
+            match event:
+                case Delta():
+                    answer.text += event.text
+                    answer.tokens += event.tokens
+                    texts.setdefault(index, []).append(event.text)
+                    tokens.setdefault(index, []).extend(event.tokens)
+                case Finished():
+                    self._num_open -= 1
+                    if event.reason == "cancelled":
+                        raise SupersededError(
+                            "the request was cancelled: a newer one of its session took its "
+                            "place, or the server is shutting down"
+                        )
+                    answer.reason = event.reason
+                    answer.timings = event.timings
+                    answer.prompt_tokens = event.prompt_tokens
+                    texts.setdefault(index, [])
+                case Failed():
+                    self._num_open -= 1
+                    raise _fresh(event.error)
+        return [
+            Update(index, "".join(parts), tuple(tokens.get(index, ())), self.answers[index].reason)
+            for index, parts in texts.items()
+        ]
+
+
+def _fresh(error: AlborError) -> AlborError:
+    """The error itself: engine threads keep no traceback of it that could grow."""
+    error.__traceback__ = None
+    return error
+
+
+class TokenOffsets:
+    """Where each token starts in the text, in characters; tokens may end inside a character."""
+
+    def __init__(self, start: int = 0) -> None:
+        """`start` is the length of the text before the first token."""
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._at = start
+
+    def next(self, piece: bytes) -> int:
+        """Start of the next token, whose bytes are `piece`."""
+        at = self._at
+        self._at += len(self._decoder.decode(piece))
+        return at

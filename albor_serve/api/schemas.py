@@ -1,0 +1,227 @@
+"""The body of /v1/completions: what may be in it, checked before anything is computed."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+
+from albor_serve.errors import RequestError
+
+__all__ = ["AlborOptions", "CompletionBody", "Prompt", "parse_completion", "parse_json"]
+
+MAX_PROMPTS = 16
+MAX_CHOICES = 16
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+MAX_LOGIT_BIAS = 300
+MAX_TOKENS = 1 << 20
+
+Prompt = str | tuple[int, ...]
+"""One prompt: text, or token ids."""
+
+_TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_PROMPT_SCHEMA = {
+    "description": "Text, token ids, or a list of either (mixed too).",
+    "anyOf": [
+        {"type": "string"},
+        _TOKEN_IDS,
+        {"type": "array", "items": {"anyOf": [{"type": "string"}, _TOKEN_IDS]}},
+    ],
+}
+_STOP_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "maxItems": MAX_STOPS},
+        {"type": "null"},
+    ]
+}
+_BIAS_SCHEMA = {
+    "anyOf": [
+        {"type": "object", "additionalProperties": {"type": "number"}},
+        {"type": "null"},
+    ]
+}
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+
+class StreamOptions(_Body):
+    """Options of a streamed answer."""
+
+    include_usage: bool = False
+
+
+class AlborOptions(_Body):
+    """albor's own extensions."""
+
+    session: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """A newer request of the same session cancels the older ones; its KV cache is kept."""
+    deadline_ms: Annotated[float, Field(gt=0, le=3_600_000)] | None = None
+    """Time after which the answer ends with what there is."""
+    priority: Literal["interactive", "background"] = "interactive"
+    """Background requests give way to interactive ones."""
+
+
+class CompletionBody(_Body):
+    """Request body of /v1/completions. Unknown fields are ignored."""
+
+    model: str | None = None
+    prompt: Annotated[Any, WithJsonSchema(_PROMPT_SCHEMA)] = "<|endoftext|>"
+    suffix: str | None = None
+    """Text after the cursor: asks for fill-in-the-middle."""
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = 16
+    """0 only computes the prompt into the cache."""
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=1 << 24)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = 1
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    echo: bool | None = False
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    stop: Annotated[Any, WithJsonSchema(_STOP_SCHEMA)] = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    logit_bias: Annotated[Any, WithJsonSchema(_BIAS_SCHEMA)] = None
+    ignore_eos: bool | None = False
+    user: str | None = None
+    albor: AlborOptions | None = None
+
+    @property
+    def num_candidates(self) -> int:
+        """Answers computed for each prompt."""
+        return max(self.best_of or 1, self.num_choices)
+
+    @property
+    def num_choices(self) -> int:
+        """Answers returned for each prompt."""
+        return self.n or 1
+
+    def prompts(self) -> list[Prompt]:
+        """The prompts one by one."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if not isinstance(prompt, list) or not prompt:
+            raise _prompt_error()
+        if all(_is_id(item) for item in prompt):
+            return [tuple(prompt)]
+        if len(prompt) > MAX_PROMPTS:
+            raise RequestError(
+                f"prompt holds {len(prompt)} prompts, but at most {MAX_PROMPTS} are taken at "
+                f"once: send several requests",
+                param="prompt",
+            )
+        return [_one_prompt(item) for item in prompt]
+
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        stop = self.stop
+        if stop is None:
+            return ()
+        stops = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stops, list) or not all(isinstance(item, str) for item in stops):
+            raise RequestError("stop must be a string or a list of strings", param="stop")
+        if len(stops) > MAX_STOPS or any(not 0 < len(item) <= MAX_STOP_CHARS for item in stops):
+            raise RequestError(
+                f"stop may hold at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters",
+                param="stop",
+            )
+        return tuple(stops)
+
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """The logit biases as (token id, bias)."""
+        bias = self.logit_bias
+        if bias is None:
+            return ()
+        if not isinstance(bias, dict) or len(bias) > MAX_LOGIT_BIAS:
+            raise RequestError(
+                f"logit_bias must be an object of at most {MAX_LOGIT_BIAS} token ids",
+                param="logit_bias",
+            )
+        pairs = []
+        for key, value in bias.items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not re.fullmatch(r"[0-9]{1,9}", key) or not is_number:
+                raise RequestError(
+                    "logit_bias must map token ids (as strings) to numbers", param="logit_bias"
+                )
+            pairs.append((int(key), float(value)))
+        return tuple(pairs)
+
+
+def parse_json(data: bytes) -> Any:
+    """Parse a body; raises RequestError for anything that is not plain JSON."""
+    try:
+        return json.loads(data, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise RequestError("the body is nested too deeply") from None
+    except ValueError as error:
+        # UnicodeDecodeError, too many digits, or malformed; its text may quote the input.
+        where = f" (position {error.pos})" if isinstance(error, json.JSONDecodeError) else ""
+        raise RequestError(f"the body is not valid JSON{where}") from None
+
+
+def parse_completion(value: Any) -> CompletionBody:
+    """Check a parsed body.
+
+    Raises:
+        RequestError: naming the first field at fault and its rule, never its value.
+    """
+    if not isinstance(value, dict):
+        raise RequestError("the body must be a JSON object")
+    try:
+        body = CompletionBody.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        field = ".".join(str(part) for part in first["loc"] if _is_field(part))
+        raise RequestError(f"{field}: {first['msg']}", param=field) from None
+    if body.best_of is not None and body.best_of < body.num_choices:
+        raise RequestError("best_of must be at least n", param="best_of")
+    if body.stream and body.num_candidates > body.num_choices:
+        raise RequestError("best_of can't be streamed: leave out one of them", param="best_of")
+    if body.stream_options is not None and not body.stream:
+        raise RequestError("stream_options needs stream: true", param="stream_options")
+    if body.suffix is not None and body.echo:
+        raise RequestError("echo can't be combined with suffix", param="echo")
+    return body
+
+
+def _is_field(part: object) -> bool:
+    return isinstance(part, str) and part in {
+        *CompletionBody.model_fields,
+        *AlborOptions.model_fields,
+        *StreamOptions.model_fields,
+    }
+
+
+def _is_id(item: object) -> bool:
+    return isinstance(item, int) and not isinstance(item, bool)
+
+
+def _one_prompt(item: object) -> Prompt:
+    if isinstance(item, str):
+        return item
+    if isinstance(item, list) and item and all(_is_id(token_id) for token_id in item):
+        return tuple(item)
+    raise _prompt_error()
+
+
+def _prompt_error() -> RequestError:
+    return RequestError(
+        "prompt must be text, a list of token ids, or a list of such prompts, none of them empty",
+        param="prompt",
+    )
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(name)

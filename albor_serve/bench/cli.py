@@ -1,0 +1,181 @@
+"""The albor-bench command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from albor_serve.errors import AlborError, ConfigError
+
+__all__ = ["main"]
+
+HELP = """\
+examples:
+  albor-bench decode                                  the embedded model and two larger shapes
+  albor-bench decode model.gguf --peers none          one file, albor alone
+  albor-bench decode --json out.json --plot out.png
+  albor-bench perplexity a.gguf b.gguf --text src/*.py
+
+The peers llama-server and matplotlib come with: pip install 'albor[bench]'
+Close other programs first: engines whose threads wait for each other suffer most.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="albor-bench",
+        description="Measure albor on this machine, beside its peers.",
+        epilog=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_decode(commands)
+    _add_perplexity(commands)
+    options = parser.parse_args(argv)
+    try:
+        code: int = options.run(options)
+    except ConfigError as error:
+        print(f"albor-bench: {error}", file=sys.stderr)
+        return 2
+    except AlborError as error:
+        print(f"albor-bench: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def _add_decode(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("decode", help="decode and prefill speed, memory")
+    parser.add_argument("models", nargs="*", type=Path, metavar="MODEL", help=".gguf files")
+    parser.add_argument(
+        "--shapes",
+        default=None,
+        help="comma-separated: 33m, 125m, 350m with random weights (125m,350m beside the "
+        "embedded model where no MODEL is given)",
+    )
+    parser.add_argument("--prompt-len", type=int, default=512, help="tokens (%(default)s)")
+    parser.add_argument("--new", type=int, default=64, help="tokens to generate (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds (%(default)s)")
+    parser.add_argument("--threads", type=int, default=None, help="(the physical cores)")
+    parser.add_argument(
+        "--peers",
+        default="llama-server,llama-cpp-python",
+        help="comma-separated, or none (%(default)s)",
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw ms/token (.png, .svg)")
+    parser.set_defaults(run=_decode)
+
+
+def _decode(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from albor_serve.backends.llamacpp_native import num_physical_cores
+    from albor_serve.bench.decode import DecodeSettings, measure_model
+    from albor_serve.bench.machine import describe_machine
+    from albor_serve.bench.report import decode_json, plot_decode, print_decode, write_text
+
+    for name, low in (("prompt_len", 2), ("new", 2), ("repeats", 1)):
+        if getattr(options, name) < low:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least {low}")
+    peers = () if options.peers == "none" else tuple(options.peers.split(","))
+    unknown = set(peers) - {"llama-server", "llama-cpp-python"}
+    if unknown:
+        raise ConfigError(f"no such peer: {', '.join(sorted(unknown))}; see --help")
+    settings = DecodeSettings(
+        prompt_len=options.prompt_len,
+        num_new=options.new,
+        repeats=options.repeats,
+        threads=options.threads or num_physical_cores(),
+        kinds=("albor", "albor+drafts", *peers),
+    )
+    models = _chosen_models(options)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("measuring the machine", total=1.0)
+        machine = describe_machine()
+
+        def show(text: str, part: float) -> None:
+            bar.update(task, description=text, completed=part)
+
+        figures = [measure_model(path, name, settings, show) for name, path in models]
+    print_decode(console, machine, figures, settings)
+    if options.json:
+        write_text(options.json, decode_json(machine, figures, settings))
+    if options.plot:
+        plot_decode(options.plot, machine, figures)
+    return 0
+
+
+def _chosen_models(options: argparse.Namespace) -> list[tuple[str, Path]]:
+    """(name, file) of what to measure."""
+    from albor_serve.bench.shapes import SHAPES, shape_gguf
+    from albor_serve.loader import embedded_path
+
+    models = [(path.stem, path) for path in options.models]
+    shapes = options.shapes
+    if not models and shapes is None:
+        models.append(("albor-33m", embedded_path()))
+        shapes = "125m,350m"
+    names = shapes.split(",") if shapes else []
+    for name in names:
+        if name not in SHAPES:
+            raise ConfigError(f"no such shape: {name}; there are {', '.join(SHAPES)}")
+    return models + [(name, shape_gguf(name)) for name in names]
+
+
+def _add_perplexity(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("perplexity", help="how well models predict given files")
+    parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help=".gguf files")
+    parser.add_argument(
+        "--text", nargs="+", type=Path, required=True, metavar="FILE", help="files to predict"
+    )
+    parser.add_argument("--ctx", type=int, default=1024, help="window in tokens (%(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=None, help="stop after so many tokens")
+    parser.set_defaults(run=_perplexity)
+
+
+def _perplexity(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from albor_serve.bench.perplexity import perplexity
+
+    try:
+        texts = [path.read_text(encoding="utf-8", errors="replace") for path in options.text]
+    except OSError as error:
+        raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from error
+    results = []
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        for path in options.models:
+            task = bar.add_task(path.name, total=None)
+
+            def show(done: int, total: int, task: object = task) -> None:
+                bar.update(task, completed=done, total=total)  # type: ignore[arg-type]
+
+            results.append(
+                perplexity(path, texts, options.ctx, show, max_tokens=options.max_tokens)
+            )
+    table = Table()
+    for heading in ("model", "perplexity", "ratio to first", "bits/byte", "tokens"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for path, result in zip(options.models, results, strict=True):
+        table.add_row(
+            path.name,
+            f"{result.perplexity:.4f}",
+            f"{result.perplexity / results[0].perplexity:.4f}",
+            f"{result.bits_per_byte:.4f}",
+            str(result.num_tokens),
+        )
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""Figures for people: a table, a plot; and JSON for later."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from albor_serve.bench.decode import DecodeSettings, EngineFigures, ModelFigures
+from albor_serve.bench.machine import Machine
+from albor_serve.errors import ConfigError
+
+__all__ = ["decode_json", "plot_decode", "print_decode", "write_text"]
+
+OURS = "albor"
+
+
+def print_decode(
+    console: Console, machine: Machine, models: Sequence[ModelFigures], settings: DecodeSettings
+) -> None:
+    """The table, ratios to each peer and the part of the physical limit beside every time."""
+    console.print(
+        f"{machine.cpu}, {settings.threads} threads, {machine.memory_gb:.0f} GB, "
+        f"{machine.dram_gb_per_s:.1f} GB/s from memory; {machine.system}; commit {machine.commit}\n"
+        f"prompt {settings.prompt_len} tokens, {settings.num_new} new, median of "
+        f"{settings.repeats} interleaved rounds; ratio: albor's speed over the other's"
+    )
+    for model in models:
+        table = Table(
+            title=f"{model.name}: {model.file_bytes / 1e6:.1f} MB, reads at "
+            f"{model.cache_gb_per_s:.1f} GB/s, limit {model.floor_ms(machine):.2f} ms/token",
+            title_justify="left",
+        )
+        for heading in (
+            "engine",
+            "ms/token",
+            "quartiles",
+            "% of limit",
+            "ratio",
+            "prefill tok/s",
+            "ratio",
+            "first token, cold ms",
+            "1 new token ms",
+            "memory MB",
+        ):
+            table.add_column(heading, justify="left" if heading == "engine" else "right")
+        ours = model.figures(OURS)
+        for engine in model.engines:
+            table.add_row(*_cells(engine, ours, model.floor_ms(machine)))
+        console.print(table)
+        rows = "  ".join(f"{count}: {ms:.2f}" for count, ms in model.rows_ms.items())
+        console.print(f"ms for k rows after {settings.prompt_len} tokens: {rows}\n")
+
+
+def _cells(engine: EngineFigures, ours: EngineFigures | None, floor_ms: float) -> list[str]:
+    decode, prefill = engine.decode_ms, engine.prefill_tokens_per_s
+    return [
+        engine.kind,
+        f"{decode.median:.2f}",
+        f"{decode.low:.2f}-{decode.high:.2f}",
+        f"{100 * floor_ms / decode.median:.0f}",
+        f"{decode.median / ours.decode_ms.median:.2f}" if ours else "",
+        f"{prefill.median:.0f}",
+        f"{ours.prefill_tokens_per_s.median / prefill.median:.2f}" if ours else "",
+        f"{engine.cold_first_token_ms.median:.0f}",
+        f"{engine.cached_first_token_ms.median:.1f}",
+        f"{engine.rss_bytes / 1e6:.0f}",
+    ]
+
+
+def decode_json(
+    machine: Machine, models: Sequence[ModelFigures], settings: DecodeSettings
+) -> dict[str, Any]:
+    """Everything that was measured."""
+    return {
+        "machine": machine.as_dict(),
+        "settings": asdict(settings),
+        "models": [asdict(model) | {"floor_ms": model.floor_ms(machine)} for model in models],
+    }
+
+
+def write_text(path: Path, value: dict[str, Any]) -> None:
+    """Write JSON through a temporary file."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def plot_decode(path: Path, machine: Machine, models: Sequence[ModelFigures]) -> None:
+    """Bars of ms/token for each model and engine, the physical limit as a line; PNG or SVG.
+
+    Raises:
+        ConfigError: matplotlib is missing or does not know the file's ending.
+    """
+    try:
+        import matplotlib as mpl
+
+        mpl.use("agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ConfigError(
+            "--plot needs matplotlib: pip install 'albor[bench]', or leave it out"
+        ) from error
+    figure, axes = pyplot.subplots(
+        1, len(models), figsize=(3.2 * len(models) + 1, 3.6), squeeze=False
+    )
+    for axis, model in zip(axes[0], models, strict=True):
+        names = [engine.kind for engine in model.engines]
+        stats = [engine.decode_ms for engine in model.engines]
+        spread = [[s.median - s.low for s in stats], [s.high - s.median for s in stats]]
+        colours = ["#2a7f62" if name.startswith(OURS) else "#9aa5ab" for name in names]
+        axis.bar(names, [s.median for s in stats], yerr=spread, color=colours, capsize=3)
+        axis.axhline(model.floor_ms(machine), color="#c0392b", linewidth=1, linestyle="--")
+        axis.set_title(f"{model.name} Q4_0", fontsize=10)
+        axis.set_ylabel("ms per token")
+        axis.tick_params(axis="x", labelrotation=35, labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("dashed: weights read once at the measured bandwidth", fontsize=8)
+    figure.tight_layout()
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as error:
+        raise ConfigError(f"cannot write a plot to {path.name}: use .png or .svg") from error
+    finally:
+        pyplot.close(figure)

@@ -1,0 +1,268 @@
+"""One engine in a process of its own, told what to measure over its standard input.
+
+Separate processes keep memory figures apart and let the peers take turns: a worker that waits
+for its next line computes nothing. Run as `python -m albor_serve.bench.worker KIND MODEL JSON`;
+each line in is a JSON command, each line out its result.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from albor_serve.config import EngineConfig, SamplingParams
+from albor_serve.errors import BackendError, ConfigError
+from albor_serve.sequence import Delta, Event, Failed, Finished, GenerateRequest
+
+__all__ = ["KINDS", "Run", "main"]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One generation, as the engine saw it."""
+
+    first_token_ms: float
+    """From the request to the first token."""
+    decode_ms_per_token: float
+    """Mean over the tokens after the first."""
+    num_tokens: int
+
+
+class Measured(Protocol):
+    """An engine that can be measured."""
+
+    def generate(self, tokens: list[int], num_new: int, *, fresh: bool) -> Run:
+        """Greedy generation of exactly `num_new` tokens; `fresh` forgets the prompt cache."""
+
+    def rows(self, counts: list[int], context_len: int) -> dict[int, float]:
+        """Milliseconds of one step with so many rows; {} where it can't be asked."""
+
+
+class _Albor:
+    """albor's engine with the CPU backend."""
+
+    def __init__(self, path: Path, context: int, threads: int, speculate: bool) -> None:
+        from albor_serve.backends.calibrate import calibrate
+        from albor_serve.backends.llamacpp import LlamaCppBackend
+        from albor_serve.engine import Engine
+
+        config = EngineConfig(num_slots=1, max_seq_len=context, speculate=speculate)
+        self._backend = LlamaCppBackend.load(path, 1, context, num_threads=threads)
+        self._engine = Engine(self._backend, self._backend.tokenizer, config, calibrate)
+        self._engine.start()
+
+    def generate(self, tokens: list[int], num_new: int, *, fresh: bool) -> Run:
+        if fresh:
+            self._run([tokens[-1]], 0)
+        end, times = self._run(tokens, num_new)
+        decode_ms = (times[-1] - times[0]) * 1000 / (num_new - 1) if num_new > 1 else 0.0
+        first = end.timings.first_token_ms
+        return Run(first or 0.0, decode_ms, end.timings.num_new_tokens)
+
+    def rows(self, counts: list[int], context_len: int) -> dict[int, float]:
+        del counts, context_len
+        return {}
+
+    def _run(self, tokens: list[int], num_new: int) -> tuple[Finished, list[float]]:
+        times: list[float] = []
+        ends: list[Event] = []
+        done = threading.Event()
+
+        def receive(event: Event) -> None:
+            if isinstance(event, Delta):
+                times.append(time.perf_counter())
+            else:
+                ends.append(event)
+                done.set()
+
+        request = GenerateRequest(
+            tuple(tokens), num_new, SamplingParams(temperature=0.0), ignore_eos=True
+        )
+        self._engine.submit(request, receive)
+        done.wait()
+        end = ends[0]
+        if isinstance(end, Failed):
+            raise end.error
+        assert isinstance(end, Finished)
+        return end, times
+
+
+class _Backend:
+    """albor's CPU backend alone, without the engine."""
+
+    def __init__(self, path: Path, context: int, threads: int) -> None:
+        from albor_serve.backends.llamacpp import LlamaCppBackend
+
+        self._backend = LlamaCppBackend.load(path, 1, context, num_threads=threads)
+
+    def generate(self, tokens: list[int], num_new: int, *, fresh: bool) -> Run:
+        from albor_serve.backends.base import ExtendStep
+
+        backend = self._backend
+        backend.rewind(0, 0 if fresh else min(backend.length(0), len(tokens) - 1))
+        started = time.perf_counter()
+        for begin in range(backend.length(0), len(tokens), backend.info.max_batch_len):
+            end = begin + backend.info.max_batch_len
+            [logits] = backend.extend([ExtendStep(0, tokens[begin:end])])
+        token = int(logits[0].argmax())
+        first = time.perf_counter()
+        for _ in range(num_new - 1):
+            [logits] = backend.extend([ExtendStep(0, [token])])
+            token = int(logits[0].argmax())
+        decode_s = time.perf_counter() - first
+        each = decode_s * 1000 / (num_new - 1) if num_new > 1 else 0.0
+        return Run((first - started) * 1000, each, num_new)
+
+    def rows(self, counts: list[int], context_len: int) -> dict[int, float]:
+        from albor_serve.backends.base import ExtendStep
+
+        backend = self._backend
+        backend.rewind(0, 0)
+        for begin in range(0, context_len, backend.info.max_batch_len):
+            size = min(backend.info.max_batch_len, context_len - begin)
+            backend.extend([ExtendStep(0, [5] * size, "none")])
+        result = {}
+        for count in counts:
+            times = []
+            for _ in range(5):
+                started = time.perf_counter()
+                backend.extend([ExtendStep(0, [5] * count, "all")])
+                times.append(time.perf_counter() - started)
+                backend.rewind(0, context_len)
+            result[count] = sorted(times)[len(times) // 2] * 1000
+        return result
+
+
+class _LlamaCppPython:
+    """llama-cpp-python's own high-level loop, its sampler set to greedy."""
+
+    def __init__(self, path: Path, context: int, threads: int) -> None:
+        import llama_cpp
+
+        self._llama = llama_cpp.Llama(
+            str(path),
+            n_ctx=context,
+            n_threads=threads,
+            n_threads_batch=threads,
+            n_batch=512,
+            verbose=False,
+        )
+
+    def generate(self, tokens: list[int], num_new: int, *, fresh: bool) -> Run:
+        if fresh:
+            self._llama.reset()
+        started = time.perf_counter()
+        times = []
+        for _ in self._llama.generate(tokens, temp=0.0, top_k=1, repeat_penalty=1.0):
+            times.append(time.perf_counter())
+            if len(times) == num_new:
+                break
+        each = (times[-1] - times[0]) * 1000 / (num_new - 1) if num_new > 1 else 0.0
+        return Run((times[0] - started) * 1000, each, num_new)
+
+    def rows(self, counts: list[int], context_len: int) -> dict[int, float]:
+        del counts, context_len
+        return {}
+
+
+class _LlamaServer:
+    """llama-server inside this process (PyPI xllamacpp), asked over loopback HTTP."""
+
+    def __init__(self, path: Path, context: int, threads: int) -> None:
+        try:
+            import xllamacpp
+        except ImportError as error:
+            raise ConfigError(
+                "the peer llama-server needs the package xllamacpp: pip install 'albor[bench]'"
+            ) from error
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx = context
+        params.n_parallel = 1
+        params.cpuparams.n_threads = threads
+        params.cpuparams_batch.n_threads = threads
+        params.ui = False
+        params.verbosity = -1
+        self._server = xllamacpp.Server(params)
+        self._address = self._server.listening_address.removeprefix("http://")
+
+    def generate(self, tokens: list[int], num_new: int, *, fresh: bool) -> Run:
+        body = {
+            "prompt": tokens,
+            "n_predict": num_new,
+            "temperature": 0,
+            "samplers": [],
+            "ignore_eos": True,
+            "cache_prompt": not fresh,
+        }
+        # A connection for each request: it drops idle ones while the others have their turn.
+        connection = http.client.HTTPConnection(self._address, timeout=600)
+        try:
+            connection.request("POST", "/completion", json.dumps(body))
+            response = connection.getresponse()
+            answer = json.loads(response.read())
+        finally:
+            connection.close()
+        if response.status != 200:
+            raise BackendError(f"llama-server answered {response.status}: see its log")
+        # Its own clocks, without HTTP: what is most favourable to it.
+        timings = answer["timings"]
+        each = timings["predicted_ms"] / max(timings["predicted_n"] - 1, 1)
+        return Run(timings["prompt_ms"], each, timings["predicted_n"])
+
+    def rows(self, counts: list[int], context_len: int) -> dict[int, float]:
+        del counts, context_len
+        return {}
+
+
+KINDS: dict[str, Callable[[Path, int, int], Measured]] = {
+    "albor": lambda path, context, threads: _Albor(path, context, threads, False),
+    "albor+drafts": lambda path, context, threads: _Albor(path, context, threads, True),
+    "albor-backend": _Backend,
+    "llama-cpp-python": _LlamaCppPython,
+    "llama-server": _LlamaServer,
+}
+"""What can be measured, by name."""
+
+
+def main(arguments: list[str]) -> int:
+    """Serve measurements until standard input ends."""
+    kind, path, options = arguments[0], Path(arguments[1]), json.loads(arguments[2])
+    # Native libraries print to file descriptor 1 as they please: results get their own.
+    out = sys.stdout
+    started = time.perf_counter()
+    measured = KINDS[kind](path, options["context"], options["threads"])
+    print(json.dumps({"load_s": time.perf_counter() - started}), file=out, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(_answer(measured, json.loads(line))), file=out, flush=True)
+    return 0
+
+
+def _answer(measured: Measured, command: dict[str, Any]) -> dict[str, Any]:
+    match command["what"]:
+        case "generate":
+            run = measured.generate(command["tokens"], command["new"], fresh=command["fresh"])
+            return {
+                "first_token_ms": run.first_token_ms,
+                "decode_ms": run.decode_ms_per_token,
+                "num_tokens": run.num_tokens,
+            }
+        case "rows":
+            rows = measured.rows(command["counts"], command["context_len"])
+            return {"rows": rows}
+        case "memory":
+            status = Path("/proc/self/status").read_text()
+            [resident] = [line for line in status.splitlines() if line.startswith("VmRSS:")]
+            return {"rss_bytes": int(resident.split()[1]) * 1024}
+    raise ConfigError(f"unknown measurement {command['what']!r}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

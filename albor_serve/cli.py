@@ -1,0 +1,306 @@
+"""The albor-serve command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from albor_serve import __version__
+from albor_serve.errors import AlborError, ConfigError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from albor_serve.loader import LoadedModel
+
+__all__ = ["main"]
+
+SERVE_HELP = """\
+examples:
+  albor-serve                                   the embedded model on http://127.0.0.1:8080
+  albor-serve model.gguf --port 9000            a GGUF file
+  albor-serve ~/models/Qwen2.5-Coder-0.5B       a Hugging Face folder (becomes Q4_0 once, cached)
+  albor-serve convert SRC OUT.gguf              convert without serving; see convert --help
+
+then:
+  curl http://127.0.0.1:8080/v1/completions -d '{"prompt": "def fib(n):", "max_tokens": 32}'
+with code after the cursor:
+  curl http://127.0.0.1:8080/v1/completions -d '{"prompt": "def add(a, b):\\n    return ",
+    "suffix": "\\n\\nprint(add(1, 2))", "max_tokens": 16, "temperature": 0}'
+"""
+
+CONVERT_HELP = """\
+examples:
+  albor-serve convert ./my-model my-model-q4_0.gguf
+  albor-serve convert ./my-model my-model-f16.gguf --quant f16
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argument errors are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}: see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code (0 fine, 1 failed, 2 asked for the impossible)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["convert"]:
+            return _convert(arguments[1:])
+        return _serve(arguments)
+    except ConfigError as error:
+        print(f"albor-serve: {error}", file=sys.stderr)
+        return 2
+    except AlborError as error:
+        print(f"albor-serve: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _serve(arguments: list[str]) -> int:
+    options = _serve_parser().parse_args(arguments)
+    logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(message)s")
+
+    from albor_serve.api.server import bind, serve
+
+    started = time.perf_counter()
+    sock = bind(options.host, options.port)
+    try:
+        loaded = _load_beside_imports(options)
+        engine = loaded.engine
+        try:
+            engine.start()
+            from albor_serve.api.app import AppSettings, create_app
+            from albor_serve.api.completion import ServedModel
+
+            first_token_ms = _warm_up(loaded)
+            served = ServedModel(
+                name=options.alias[0] if options.alias else loaded.name,
+                engine=engine,
+                template=loaded.template,
+                aliases=tuple(dict.fromkeys((*options.alias[1:], loaded.name)))
+                if options.alias
+                else (),
+                description=loaded.description,
+            )
+            hosts = _allowed_hosts(options.host)
+            app = create_app(served, AppSettings(allowed_hosts=hosts))
+            address = f"http://{_as_url_host(options.host)}:{sock.getsockname()[1]}"
+            _greet(served, loaded, address, time.perf_counter() - started, first_token_ms)
+            serve(app, sock, log_level=options.log_level)
+        finally:
+            engine.close()
+    finally:
+        sock.close()
+    return 0
+
+
+def _serve_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="albor-serve",
+        description="Serve a code model over an OpenAI-compatible HTTP API on this machine.",
+        epilog=SERVE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        type=Path,
+        metavar="MODEL",
+        help="a .gguf file or a Hugging Face folder; without it the embedded Python model",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=8080, help="port; 0 takes any free one (%(default)s)"
+    )
+    parser.add_argument(
+        "--slots", type=int, default=4, help="requests computed at once (%(default)s)"
+    )
+    parser.add_argument(
+        "--ctx",
+        type=int,
+        default=None,
+        metavar="TOKENS",
+        help="context of each slot (the model's own, 4096 at most)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=None,
+        help="fixed number of threads (the cores that other programs leave free)",
+    )
+    parser.add_argument(
+        "--alias",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name that clients use for the model; may be given several times",
+    )
+    parser.add_argument(
+        "--no-speculation",
+        action="store_true",
+        help="compute every token alone instead of verifying guessed ones",
+    )
+    parser.add_argument(
+        "--log-level",
+        default="warning",
+        choices=("debug", "info", "warning", "error"),
+        help="how much to log (%(default)s); info logs each request",
+    )
+    parser.add_argument("--version", action="version", version=f"albor {__version__}")
+    return parser
+
+
+def _load_beside_imports(options: argparse.Namespace) -> LoadedModel:
+    """Load the model while this thread imports the web framework: both take some 0.3 s."""
+    result: list[LoadedModel] = []
+    failure: list[BaseException] = []
+
+    def load() -> None:
+        try:
+            from albor_serve.loader import LoadOptions, load_model
+
+            chosen = LoadOptions(
+                num_slots=options.slots,
+                max_seq_len=options.ctx,
+                num_threads=options.threads,
+                speculate=not options.no_speculation,
+            )
+            with _ProgressLine() as progress:
+                result.append(load_model(options.model, chosen, progress.show))
+        except BaseException as error:  # noqa: BLE001 - raised again below
+            failure.append(error)
+
+    thread = threading.Thread(target=load, name="albor-load", daemon=True)
+    thread.start()
+    import uvicorn  # noqa: F401
+
+    thread.join()
+    if failure:
+        raise failure[0]
+    return result[0]
+
+
+def _warm_up(loaded: LoadedModel) -> float:
+    """Complete once, so that the first person does not wait for page faults; returns ms."""
+    from albor_serve.config import SamplingParams
+    from albor_serve.sequence import Event, Failed, Finished, GenerateRequest
+
+    tokens = loaded.engine.tokenizer.encode("def main():\n") or [0]
+    request = GenerateRequest(tuple(tokens), 2, SamplingParams(temperature=0.0))
+    ends: list[Event] = []
+    done = threading.Event()
+
+    def receive(event: Event) -> None:
+        if isinstance(event, Finished | Failed):
+            ends.append(event)
+            done.set()
+
+    loaded.engine.submit(request, receive)
+    done.wait()
+    end = ends[0]
+    if isinstance(end, Failed):
+        raise end.error
+    assert isinstance(end, Finished)
+    return end.timings.prefill_ms
+
+
+def _greet(
+    served: object, loaded: LoadedModel, address: str, start_s: float, first_token_ms: float
+) -> None:
+    del served
+    info = loaded.engine.backend.info
+    fim = f"fill-in-the-middle: {loaded.template.family}" if loaded.template else "no FIM"
+    example = json.dumps({"prompt": "def fib(n):\n", "max_tokens": 32, "temperature": 0})
+    print(
+        f"albor {__version__}: {loaded.name} ({loaded.description}, {fim}) on {info.device}, "
+        f"{info.num_slots} slots of {loaded.engine.max_seq_len} tokens\n"
+        f"listening on {address} after {start_s:.2f} s; first token in {first_token_ms:.0f} ms\n"
+        f"try: curl {address}/v1/completions -d '{example}'",
+        flush=True,
+    )
+
+
+def _allowed_hosts(host: str) -> tuple[str, ...] | None:
+    """Host names that requests may use; None where the server is meant for other machines."""
+    if host in ("0.0.0.0", "::"):  # noqa: S104 - compared, not bound
+        return None
+    return ("localhost", "127.0.0.1", "[::1]", _as_url_host(host).lower())
+
+
+def _as_url_host(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _convert(arguments: list[str]) -> int:
+    parser = _Parser(
+        prog="albor-serve convert",
+        description="Write a Hugging Face folder or a GGUF file as a (quantized) GGUF file.",
+        epilog=CONVERT_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("src", type=Path, metavar="SRC", help="folder or .gguf file to read")
+    parser.add_argument("out", type=Path, metavar="OUT.gguf", help="file to write")
+    parser.add_argument(
+        "--quant",
+        default="q4_0",
+        choices=("q4_0", "q8_0", "f16", "f32"),
+        help="format of the matrices, embeddings included (%(default)s)",
+    )
+    options = parser.parse_args(arguments)
+
+    from albor_serve.convert import convert
+
+    with _ProgressLine() as progress:
+        report = convert(
+            options.src,
+            options.out,
+            options.quant,
+            lambda done, total, name: progress.show(f"converting {name}", done / max(total, 1)),
+        )
+    print(
+        f"{report.out}: {report.out_bytes / 1e6:.1f} MB, {report.num_weights / 1e6:.1f}M weights, "
+        f"{report.bits_per_weight:.2f} bits each, relative error {report.relative_error:.4f}, "
+        f"{report.seconds:.1f} s"
+    )
+    return 0
+
+
+class _ProgressLine:
+    """A progress bar on a terminal, after half a second; nothing elsewhere."""
+
+    DELAY_S = 0.5
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> _ProgressLine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def show(self, text: str, part: float) -> None:
+        """Say what is being done and how much of it is, 0.0 to 1.0."""
+        if not sys.stderr.isatty() or time.perf_counter() - self._started < self.DELAY_S:
+            return
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self._bar = Progress(console=Console(stderr=True), transient=True)
+            self._bar.add_task("", total=1.0)
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=part, description=text[:60])

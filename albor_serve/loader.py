@@ -1,0 +1,183 @@
+"""From what a person names to a running model: embedded, GGUF file or Hugging Face folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from albor_serve.backends.calibrate import calibrate
+from albor_serve.backends.llamacpp import LlamaCppBackend
+from albor_serve.backends.llamacpp_tokenizer import choose_tokenizer
+from albor_serve.checkpoint.gguf_header import GgufHeader, open_gguf_header
+from albor_serve.config import EngineConfig
+from albor_serve.engine import Engine
+from albor_serve.errors import CheckpointError, CheckpointFormatError, ConfigError
+from albor_serve.fim import FimTemplate, detect_template
+from albor_serve.tokenizer import Tokenizer
+
+__all__ = ["EMBEDDED_MODEL", "LoadOptions", "LoadedModel", "load_model"]
+
+EMBEDDED_MODEL = "albor-33m-q4_0.gguf"
+MAX_DEFAULT_SEQ_LEN = 4096
+"""Models made for 128k tokens would take gigabytes of KV cache: more is for --ctx to ask for."""
+CALIBRATION_MS = 150.0
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and how much of it is, 0.0 to 1.0."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """What a person may choose about a model's loading."""
+
+    num_slots: int = 4
+    max_seq_len: int | None = None
+    """Tokens each slot holds; None takes the model's own length, 4096 at most."""
+    num_threads: int | None = None
+    """None takes the machine's physical cores and follows its load."""
+    speculate: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """An engine, not started yet, and what is known of its model."""
+
+    name: str
+    description: str
+    engine: Engine
+    template: FimTemplate | None
+    load_s: float
+
+
+def load_model(
+    source: Path | None, options: LoadOptions, progress: Progress | None = None
+) -> LoadedModel:
+    """Load a .gguf file, a Hugging Face folder (converted once, then cached) or, for None, the
+    embedded model.
+
+    Raises:
+        CheckpointError: there is no such model or it can't be used. ConfigError: it does not fit
+            into memory, or an option is out of range. BackendError: llama.cpp failed.
+    """
+    started = time.perf_counter()
+    report = progress or (lambda _text, _part: None)
+    path, folder = _resolve(source, report)
+    header = open_gguf_header(path)
+    train_seq_len = _metadata_int(header, "context_length", MAX_DEFAULT_SEQ_LEN)
+    max_seq_len = options.max_seq_len or min(train_seq_len, MAX_DEFAULT_SEQ_LEN)
+    if max_seq_len > train_seq_len:
+        raise ConfigError(
+            f"--ctx is {max_seq_len}, but this model was made for {train_seq_len} tokens: lower it"
+        )
+    config = EngineConfig(
+        num_slots=options.num_slots, max_seq_len=max_seq_len, speculate=options.speculate
+    )
+    _check_memory(header, config)
+    backend = LlamaCppBackend.load(
+        path,
+        config.num_slots,
+        config.max_seq_len,
+        num_threads=options.num_threads,
+        progress=lambda part: report("loading", part),
+    )
+    try:
+        tokenizer: Tokenizer = backend.tokenizer
+        if folder is not None:
+            tokenizer = choose_tokenizer(backend.tokenizer, folder / "tokenizer.json")
+        info = backend.model_info
+        name = (folder or path).name.removesuffix(".gguf")
+        template = detect_template(
+            tokenizer,
+            f"{info.name} {name}",
+            _metadata_text(header, "albor.fim.layout"),
+        )
+        engine = Engine(
+            backend, tokenizer, config, lambda b: calibrate(b, budget_ms=CALIBRATION_MS)
+        )
+    except BaseException:
+        backend.close()
+        raise
+    if source is None:
+        name = info.name or name
+    # llama.cpp prints "?B" for sizes that it has no name for.
+    kind = info.description.replace("?B ", "")
+    description = f"{kind}, {info.num_parameters / 1e6:.0f}M parameters"
+    return LoadedModel(name, description, engine, template, time.perf_counter() - started)
+
+
+def embedded_path() -> Path:
+    """The GGUF file that ships with albor.
+
+    Raises:
+        CheckpointError: this installation lacks it.
+    """
+    path = Path(str(resources.files("albor_models") / EMBEDDED_MODEL))
+    if not path.is_file():
+        raise CheckpointError(
+            f"the embedded model {EMBEDDED_MODEL} is not installed: install albor again, or name "
+            f"a model"
+        )
+    return path
+
+
+def _resolve(source: Path | None, report: Progress) -> tuple[Path, Path | None]:
+    """(GGUF file, the folder it was made from or None)."""
+    if source is None:
+        return embedded_path(), None
+    if source.is_dir():
+        from albor_serve.convert import cached_gguf
+
+        def converting(done: int, total: int, name: str) -> None:
+            report(f"converting {name}", done / total if total else 1.0)
+
+        return cached_gguf(source, "q4_0", converting), source
+    if not source.exists():
+        raise CheckpointError(
+            f"there is no model at {source}: name a .gguf file or a Hugging Face folder"
+        )
+    return source, None
+
+
+def _check_memory(header: GgufHeader, config: EngineConfig) -> None:
+    """Refuse what would drive the machine into swap or the kernel into killing processes."""
+    layers = _metadata_int(header, "block_count", 0)
+    heads = _metadata_int(header, "attention.head_count", 1)
+    kv_heads = _metadata_int(header, "attention.head_count_kv", heads)
+    width = _metadata_int(header, "embedding_length", 0) // max(heads, 1)
+    head_dim = _metadata_int(header, "attention.key_length", width)
+    num_tokens = config.num_slots * config.max_seq_len
+    kv_bytes = 2 * 2 * layers * kv_heads * head_dim * num_tokens
+    needed = header.num_bytes + kv_bytes
+    available = _available_bytes()
+    if available is not None and needed > available:
+        raise ConfigError(
+            f"the model needs about {needed / 1e9:.1f} GB ({header.num_bytes / 1e9:.1f} of "
+            f"weights, {kv_bytes / 1e9:.1f} of KV cache), but {available / 1e9:.1f} GB of memory "
+            f"are free: lower --ctx or --slots, or take a smaller model"
+        )
+
+
+def _available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    """Memory that can be had without swapping; None where the system does not tell."""
+    try:
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
+
+
+def _metadata_int(header: GgufHeader, key: str, default: int) -> int:
+    """A number of this architecture; per-layer lists count with their largest."""
+    try:
+        return header.metadata.integer(f"{header.architecture}.{key}", default)
+    except CheckpointFormatError:
+        return default  # llama.cpp knows more kinds of files than our checks do
+
+
+def _metadata_text(header: GgufHeader, key: str) -> str | None:
+    return header.metadata.string(key) if key in header.metadata else None

@@ -1,0 +1,123 @@
+"""albor-bench end to end on a tiny model, and the arithmetic behind its figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from albor_serve.bench.cli import main
+from albor_serve.bench.decode import EngineFigures, ModelFigures, Stat
+from albor_serve.bench.machine import Machine, describe_machine, read_bandwidth
+from albor_serve.bench.shapes import SHAPES, shape_gguf
+from albor_serve.checkpoint import open_checkpoint
+from albor_serve.config import ModelConfig
+
+TINY = ModelConfig("llama", 512, 64, 128, 2, 4, 2, 16, 256, tie_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shape_gguf("tiny", TINY, tmp_path_factory.mktemp("shapes"))
+
+
+def test_shapes_are_the_ones_promised() -> None:
+    assert SHAPES["350m"].num_parameters == 398_509_056
+    assert 160e6 < SHAPES["125m"].num_parameters < 170e6
+    assert 33e6 < SHAPES["33m"].num_parameters < 34e6
+
+
+def test_a_shape_is_made_once_and_reads_back(gguf: Path) -> None:
+    changed = gguf.stat().st_mtime_ns
+    assert shape_gguf("tiny", TINY, gguf.parent) == gguf
+    assert gguf.stat().st_mtime_ns == changed
+    config = open_checkpoint(gguf).config
+    assert config.num_parameters == TINY.num_parameters
+    assert [path.name for path in gguf.parent.iterdir()] == [gguf.name]
+
+
+def test_decode_prints_a_table_and_writes_figures_and_a_plot(
+    gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, plot = tmp_path / "out.json", tmp_path / "out.png"
+    arguments = ["decode", str(gguf), "--prompt-len", "40", "--new", "8", "--repeats", "2"]
+    arguments += ["--peers", "llama-cpp-python", "--json", str(out), "--plot", str(plot)]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "llama-cpp-python" in printed
+    assert "% of limit" in printed
+    figures = json.loads(out.read_text())
+    assert figures["machine"]["dram_gb_per_s"] > 0
+    [model] = figures["models"]
+    kinds = [engine["kind"] for engine in model["engines"]]
+    assert kinds == ["albor", "albor+drafts", "llama-cpp-python"]
+    for engine in model["engines"]:
+        decode = engine["decode_ms"]
+        assert 0 < decode["low"] <= decode["median"] <= decode["high"]
+        assert engine["prefill_tokens_per_s"]["median"] > 0
+        assert engine["rss_bytes"] > 10e6
+    assert set(model["rows_ms"]) == {"1", "2", "3", "4", "6", "8", "16", "32"}
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_perplexity_compares_models(
+    gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "code.py"
+    text.write_text("def f(x):\n    return x\n" * 20)
+    assert main(["perplexity", str(gguf), str(gguf), "--text", str(text), "--ctx", "64"]) == 0
+    assert "1.0000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["decode", "--shapes", "9b"], 2, "no such shape"),
+        (["decode", "/nowhere.gguf", "--peers", "none"], 1, "nowhere"),
+        (["decode", "--peers", "vllm"], 2, "no such peer"),
+        (["decode", "--new", "1"], 2, "--new"),
+        (["perplexity", "/nowhere.gguf", "--text", "/nowhere.py"], 2, "cannot read"),
+    ],
+)
+def test_bad_arguments_are_one_line(
+    arguments: list[str], code: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == code
+    errors = capsys.readouterr().err
+    assert says in errors
+    assert "\n" not in errors.strip()
+
+
+def test_an_unknown_plot_format_is_told(gguf: Path, tmp_path: Path) -> None:
+    from albor_serve.bench.report import plot_decode
+    from albor_serve.errors import ConfigError
+
+    stat = Stat(2.0, 1.0, 3.0)
+    engine = EngineFigures("albor", 0.1, stat, stat, stat, stat, 1)
+    model = ModelFigures("tiny", 10, 8, 1.0, [engine])
+    machine = Machine("cpu", 2, 8.0, "os", "AVX2", 10.0, "abc")
+    with pytest.raises(ConfigError, match=r"\.png"):
+        plot_decode(tmp_path / "out.xyz", machine, [model])
+
+
+def test_the_limit_is_the_weights_read_once_at_the_faster_speed() -> None:
+    machine = Machine("cpu", 2, 8.0, "os", "AVX2", 10.0, "abc")
+    cached = ModelFigures("small", 0, 40_000_000, 40.0)
+    large = ModelFigures("large", 0, 40_000_000, 9.0)
+    assert cached.floor_ms(machine) == pytest.approx(1.0)
+    assert large.floor_ms(machine) == pytest.approx(4.0)
+
+
+def test_statistics() -> None:
+    assert Stat.of([3.0]) == Stat(3.0, 3.0, 3.0)
+    assert Stat.of([4.0, 1.0, 2.0, 3.0, 5.0]) == Stat(3.0, 2.0, 4.0)
+
+
+def test_the_machine_is_described() -> None:
+    machine = describe_machine()
+    assert machine.num_cores >= 1
+    assert machine.memory_gb > 1
+    assert machine.cpu
+    assert 0.5 < machine.dram_gb_per_s < 5000
+    assert read_bandwidth(1 << 20, 1, seconds=0.05) > 1e8
