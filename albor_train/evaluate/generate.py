@@ -58,7 +58,7 @@ class Answerer:
         """
         checkpoint = open_checkpoint(folder)
         self.config = checkpoint.config
-        self.tokenizer: Tokenizer = JsonTokenizer(folder / "tokenizer.json")
+        self.tokenizer: Tokenizer = _open_tokenizer(folder)
         if self.tokenizer.vocab_size > self.config.vocab_size:
             raise EvaluationError(
                 f"{folder}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model "
@@ -200,6 +200,15 @@ class Answerer:
         mask = torch.full_like(logits, _NEVER)
         mask[allowed] = 0.0
         logits += mask
+
+
+def _open_tokenizer(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"{path} can't be read: {error}") from error
+    return JsonTokenizer(text)
 
 
 def _text(data: bytes, forced: bytes) -> str:

@@ -39,16 +39,22 @@ REFUSED = ("socket.", "subprocess.", "os.exec", "os.fork", "os.posix_spawn", "os
            "os.system", "os.startfile", "pty.", "ctypes.", "os.kill", "os.putenv", "sys.settrace",
            "signal.pthread_kill", "resource.setrlimit", "gc.get_", "sys.addaudithook", "webbrowser.",
            "urllib.", "http.", "ftplib.", "smtplib.", "cpython.remote_debugger")
-CHANGES = {"os.remove": (0,), "os.rename": (0, 1), "os.mkdir": (0,), "os.rmdir": (0,),
-           "os.link": (0, 1), "os.symlink": (0, 1), "os.truncate": (0,), "os.chmod": (0,),
-           "os.chown": (0,), "os.utime": (0,), "os.chdir": (0,), "os.setxattr": (0,),
-           "os.removexattr": (0,), "os.lockf": (), "shutil.chown": (0,), "os.chflags": (0,)}
+# Positions of a path and of the folder descriptor it is relative to, for each changing call.
+CHANGES = {"os.remove": ((0, 1),), "os.rename": ((0, 2), (1, 3)), "os.mkdir": ((0, 2),),
+           "os.rmdir": ((0, 1),), "os.link": ((0, 2), (1, 3)), "os.symlink": ((0, None), (1, 2)),
+           "os.truncate": ((0, None),), "os.chmod": ((0, 2),), "os.chown": ((0, 3),),
+           "os.utime": ((0, 3),), "os.chdir": ((0, None),), "os.setxattr": ((0, None),),
+           "os.removexattr": ((0, None),), "os.chflags": ((0, None),)}
 WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _join, _real, _fsdecode = os.path.join, os.path.realpath, os.fsdecode
-def inside(path):
+_isdir, _readlink = os.path.isdir, os.readlink
+def inside(path, folder=-1):
     if isinstance(path, int):
         return path > 2
-    full = _real(_fsdecode(path))
+    path = _fsdecode(path)
+    if isinstance(folder, int) and folder >= 0:
+        path = _join(_readlink("/proc/self/fd/%d" % folder), path)
+    full = _real(path)
     return full == root or full.startswith(root + "/") or full == "/dev/null"
 def hook(event, args):
     if event.startswith(REFUSED):
@@ -56,11 +62,14 @@ def hook(event, args):
     if event == "open":
         path, mode, flags = args
         writes = (flags or 0) & WRITE or any(c in (mode or "") for c in "wax+")
-        if writes and not isinstance(path, int) and not inside(path):
+        if isinstance(path, int) or inside(path):
+            return
+        # A folder's descriptor would let later calls name files without their folder.
+        if writes or _isdir(path):
             raise PermissionError("refused: write outside the folder")
     elif event in CHANGES:
-        for index in CHANGES[event]:
-            if not inside(args[index]):
+        for index, folder in CHANGES[event]:
+            if not inside(args[index], -1 if folder is None else args[folder]):
                 raise PermissionError("refused: " + event)
 token, source, report = job.pop("token"), job.pop("source"), os.dup(1)
 null = os.open(os.devnull, os.O_RDWR)
