@@ -42,9 +42,7 @@ class Batch:
         return Batch(tokens, targets, self.documents, self.num_targets, self.num_attended)
 
 
-def targets_of(
-    rows: npt.NDArray[np.int64], end_id: int, pad_id: int
-) -> npt.NDArray[np.int64]:
+def targets_of(rows: npt.NDArray[np.int64], end_id: int, pad_id: int) -> npt.NDArray[np.int64]:
     """The next token where it belongs to the same document, else IGNORED. [B, T] to [B, T]."""
     targets = np.full_like(rows, IGNORED)
     targets[:, :-1] = rows[:, 1:]

@@ -255,9 +255,10 @@ def _select(spec: Spec, parts: list[_Part], out: Path) -> dict[str, object]:
     dropped: Counter[str] = Counter()
     totals = {split: Counter[str]() for split in ("train", "validation")}
     projects: dict[str, dict[str, object]] = {}
-    with _gzip_writer(out / "train.jsonl.gz") as train, _gzip_writer(
-        out / "validation.jsonl.gz"
-    ) as validation:
+    with (
+        _gzip_writer(out / "train.jsonl.gz") as train,
+        _gzip_writer(out / "validation.jsonl.gz") as validation,
+    ):
         # Held-out projects first: what they share with others is dropped from training.
         for part in sorted(parts, key=lambda item: (item.project not in held_out, item.project)):
             split = "validation" if part.project in held_out else "train"
@@ -325,8 +326,10 @@ def data_card(spec: Spec, report: dict[str, Any]) -> str:
     lines = [
         f"# Corpus of {spec.name}",
         "",
-        "Python files of permissively licensed packages, filtered, deduplicated, and free of the "
-        "evaluation sets by the rules below.",
+        (
+            "Python files of permissively licensed packages, filtered, deduplicated, free of the "
+            "evaluation sets by the rules below."
+        ),
         "",
         "| split | files | MB | of it tests |",
         "|---|---|---|---|",
@@ -344,8 +347,10 @@ def data_card(spec: Spec, report: dict[str, Any]) -> str:
     lines += [f"- {key}: {value}" for key, value in to_plain(spec.data.filters).items()]
     lines += [
         f"- near-duplicate from MinHash similarity {spec.data.near_duplicate}",
-        f"- contaminated: {spec.data.ngram_len} words in a row, or a function name of at least "
-        f"{spec.data.min_name_len} characters, shared with an evaluation set",
+        (
+            f"- contaminated: {spec.data.ngram_len} words in a row, or a function name of at least "
+            f"{spec.data.min_name_len} characters, shared with an evaluation set"
+        ),
         "",
         "| project | version | licence | split | raw MB | kept MB | files |",
         "|---|---|---|---|---|---|---|",

@@ -1,12 +1,12 @@
 """Errors of training, in AlborError's tree.
 
-    AlborError
-    ├── ConfigError
-    │   └── SpecError         a spec that cannot work
-    ├── DataError             sources or prepared data that cannot be used
-    ├── TrainingError         a run that must stop
-    │   └── DivergedError         loss or gradients left what is sound
-    └── EvaluationError       a measurement that would mean nothing
+AlborError
+├── ConfigError
+│   └── SpecError         a spec that cannot work
+├── DataError             sources or prepared data that cannot be used
+├── TrainingError         a run that must stop
+│   └── DivergedError         loss or gradients left what is sound
+└── EvaluationError       a measurement that would mean nothing
 """
 
 from __future__ import annotations

@@ -22,7 +22,9 @@ _GENERATED = re.compile(
 )
 _HEAD_CHARS: Final = 2_000
 
-_EMAIL = re.compile(r"\b[A-Za-z0-9][A-Za-z0-9._%+-]*@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,}\b")
+_EMAIL = re.compile(
+    r"\b[A-Za-z0-9][A-Za-z0-9._%+-]*@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,}\b"
+)
 _EXAMPLE_DOMAINS = re.compile(r"@(?:[\w-]+\.)*(?:example|test|invalid|localhost)\b", re.IGNORECASE)
 _SECRETS = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----"
@@ -38,7 +40,7 @@ _BLOB = re.compile(r"[A-Za-z0-9+/=]{400,}|(?:\\x[0-9a-fA-F]{2}){100,}")
 
 
 def decode_source(data: bytes) -> str | None:
-    """A Python file's text by its declared encoding, line ends as "\\n"; None if undecodable."""
+    r"""A Python file's text by its declared encoding, line ends as "\\n"; None if undecodable."""
     try:
         encoding, _ = tokenize.detect_encoding(BytesIO(data).readline)
         text = data.decode(encoding)

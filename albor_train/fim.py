@@ -69,9 +69,7 @@ def split_chunks(text: str, max_chars: int, rng: random.Random) -> list[str]:
     return chunks
 
 
-def choose_span(
-    text: str, rng: random.Random, weights: Mapping[SpanKind, float]
-) -> Span | None:
+def choose_span(text: str, rng: random.Random, weights: Mapping[SpanKind, float]) -> Span | None:
     """A span of `text` of a random kind, or None where the text offers none (blank text)."""
     kinds = [kind for kind, weight in weights.items() if weight > 0]
     kind = rng.choices(kinds, [weights[kind] for kind in kinds])[0]
@@ -164,14 +162,27 @@ def _node_span(text: str, rng: random.Random) -> tuple[int, int] | None:
             found.append(
                 (at(first.lineno, first.col_offset), at(last.end_lineno, last.end_col_offset))
             )
-        if isinstance(node, (ast.Call, ast.Dict, ast.List, ast.Tuple, ast.BinOp, ast.BoolOp,
-                             ast.Compare, ast.IfExp, ast.ListComp, ast.DictComp, ast.stmt)):
-            if not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)):
-                assert node.end_lineno is not None
-                assert node.end_col_offset is not None
-                found.append(
-                    (at(node.lineno, node.col_offset), at(node.end_lineno, node.end_col_offset))
-                )
+        if isinstance(
+            node,
+            (
+                ast.Call,
+                ast.Dict,
+                ast.List,
+                ast.Tuple,
+                ast.BinOp,
+                ast.BoolOp,
+                ast.Compare,
+                ast.IfExp,
+                ast.ListComp,
+                ast.DictComp,
+                ast.stmt,
+            ),
+        ) and not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno is not None
+            assert node.end_col_offset is not None
+            found.append(
+                (at(node.lineno, node.col_offset), at(node.end_lineno, node.end_col_offset))
+            )
     low, high = _NODE_CHARS
     found = [(start, end) for start, end in found if low <= end - start <= high]
     return rng.choice(found) if found else None

@@ -77,7 +77,9 @@ class Monitor:
 
 def _spark(values: Sequence[float], width: int) -> str:
     step = max(1, len(values) // width)
-    points = [sum(values[i : i + step]) / len(values[i : i + step]) for i in range(0, len(values), step)]
+    points = [
+        sum(values[i : i + step]) / len(values[i : i + step]) for i in range(0, len(values), step)
+    ]
     low, high = min(points), max(points)
     scale = (len(_SPARKS) - 1) / (high - low) if high > low else 0.0
     return "".join(_SPARKS[int((point - low) * scale)] for point in points[-width:])
@@ -128,9 +130,7 @@ def write_report(run: Path, out: Path) -> None:
     ]
     facts += [(f"validation, {name}", f"{validation[-1][name]:.4f}") for name in names]
     facts += [("stopped", line["reason"]) for line in lines if line["event"] == "stopped"]
-    body = "".join(
-        f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in facts
-    )
+    body = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in facts)
     charts = "".join(f"<h2>{html.escape(t)}</h2>{_chart(series)}" for t, series in curves)
     style = (
         "body{font:15px system-ui;max-width:820px;margin:2em auto;padding:0 1em}"
@@ -191,5 +191,3 @@ def _chart(series: list[tuple[str, list[tuple[float, float]]]]) -> str:
     parts.append(f'<text x="{left}" y="{height - 4}">{x_low:g}</text>')
     parts.append(f'<text x="{width - 60}" y="{height - 4}">{x_high:g}</text></svg>')
     return "".join(parts)
-
-

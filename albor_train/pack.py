@@ -36,6 +36,7 @@ __all__ = [
     "build_tokenizer",
     "build_tokens",
     "open_pack",
+    "open_tokens",
     "read_token_shard",
 ]
 
@@ -136,6 +137,21 @@ def build_tokens(
     return make(work, "tokens", inputs, build)
 
 
+def open_tokens(folder: Path) -> Artefact:
+    """A folder of token shards, perhaps copied from elsewhere with some of its shards.
+
+    Raises:
+        DataError: it is none.
+    """
+    try:
+        record = json.loads((folder / "artefact.json").read_text("utf-8"))
+        if record["step"] != "tokens":
+            raise DataError(f"{folder} holds {record['step']}: give a folder of token shards")
+        return Artefact(folder, str(record["key"]), False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder} is no folder of token shards: {error}") from error
+
+
 def _encoded(
     path: Path, tokenizer: TrainingTokenizer, progress: Progress | None = None
 ) -> Iterator[tuple[Document, Ids]]:
@@ -201,7 +217,7 @@ class Pack:
     folder: Path
     key: str
     rows: npt.NDArray[np.uint16]
-    """[num_rows, sequence_len], memory-mapped; documents end with end-of-text, rows with padding."""
+    """[num_rows, sequence_len], memory-mapped; documents end with end-of-text, rows in padding."""
     end_id: int
     pad_id: int
     num_tokens: int
@@ -303,9 +319,7 @@ class _Mapper:
     """Map in this process, or over worker processes with results in order."""
 
     def __init__(self, processes: int) -> None:
-        self._pool = (
-            multiprocessing.get_context("spawn").Pool(processes) if processes > 1 else None
-        )
+        self._pool = multiprocessing.get_context("spawn").Pool(processes) if processes > 1 else None
 
     def __enter__(self) -> _Mapper:
         return self

@@ -90,38 +90,51 @@ def plan_lines(spec: Spec) -> list[str]:
     memory = estimate_memory(config, train)
     rows = train.batch_tokens // train.sequence_len
     tokens = train.steps * train.batch_tokens
+    epoch_rows = -(-train.steps * rows // train.epochs)
     width = config.num_heads * config.head_dim
     flops = flops_per_token(config) + 6.0 * config.num_layers * width * train.sequence_len
-    lines = [
+    return [
         f"{spec.name}   spec {spec.hash[:12]}, seed {spec.seed}",
         "",
         f"data       {_sources(spec)}; held out: {', '.join(spec.data.held_out) or 'nothing'}",
         f"tokenizer  byte-level BPE, {spec.tokenizer.vocab_size:,} tokens",
-        f"model      {config.architecture}, {config.num_layers} layers x {config.hidden_size}, "
-        f"heads {config.num_heads}/{config.num_kv_heads} of {config.head_dim}, feed-forward "
-        f"{config.intermediate_size}",
-        f"           {config.num_parameters:,} parameters; "
-        f"{config.num_parameters * _Q4_BITS / 8e6:.0f} MB at Q4_0",
-        f"batch      {train.batch_tokens:,} tokens = {rows} rows of {train.sequence_len}, "
-        f"{rows // train.micro_batch_rows} micro-batches of {train.micro_batch_rows} rows",
-        f"run        {train.steps:,} steps, {tokens / 1e6:,.0f}M tokens, at most {train.epochs} "
-        f"epochs: one epoch must hold {-(-train.steps * rows // train.epochs):,} rows",
-        f"compute    {flops * tokens:.2e} FLOPs; on one H100 {_hours(flops * tokens, 0.45)} at "
-        f"45 % of its peak",
-        f"schedule   {train.optimizer}, {train.schedule}, warm-up {train.warmup_steps} steps "
-        f"({train.warmup_steps / train.steps:.1%}), ends at step {train.steps}",
+        (
+            f"model      {config.architecture}, {config.num_layers} layers x {config.hidden_size}, "
+            f"heads {config.num_heads}/{config.num_kv_heads} of {config.head_dim}, feed-forward "
+            f"{config.intermediate_size}"
+        ),
+        (
+            f"           {config.num_parameters:,} parameters; "
+            f"{config.num_parameters * _Q4_BITS / 8e6:.0f} MB at Q4_0"
+        ),
+        (
+            f"batch      {train.batch_tokens:,} tokens = {rows} rows of {train.sequence_len}, "
+            f"{rows // train.micro_batch_rows} micro-batches of {train.micro_batch_rows} rows"
+        ),
+        (
+            f"run        {train.steps:,} steps, {tokens / 1e6:,.0f}M tokens, at most {train.epochs} "
+            f"epochs: one epoch must hold {epoch_rows:,} rows"
+        ),
+        (
+            f"compute    {flops * tokens:.2e} FLOPs, one H100 {_hours(flops * tokens, 0.45)} at "
+            f"45 % of its peak"
+        ),
+        (
+            f"schedule   {train.optimizer}, {train.schedule}, warm-up {train.warmup_steps} steps "
+            f"({train.warmup_steps / train.steps:.1%}), ends at step {train.steps}"
+        ),
         "           "
         + ", ".join(
-            f"step {step}: {learning_rate(train, step):.2e}"
-            for step in _milestones(train)
+            f"step {step}: {learning_rate(train, step):.2e}" for step in _milestones(train)
         ),
-        f"memory     {memory.total / 2**30:.1f} GiB a device: weights "
-        f"{memory.weights / 2**30:.1f}, optimizer {memory.optimizer / 2**30:.1f}, gradients "
-        f"{memory.gradients / 2**30:.1f}, activations {memory.activations / 2**30:.1f}, loss "
-        f"{memory.loss / 2**30:.1f}",
+        (
+            f"memory     {memory.total / 2**30:.1f} GiB a device: weights "
+            f"{memory.weights / 2**30:.1f}, optimizer {memory.optimizer / 2**30:.1f}, gradients "
+            f"{memory.gradients / 2**30:.1f}, activations {memory.activations / 2**30:.1f}, loss "
+            f"{memory.loss / 2**30:.1f}"
+        ),
         f"evaluate   {', '.join(spec.evaluate.benchmarks) or 'held-out text only'}",
     ]
-    return lines
 
 
 def _sources(spec: Spec) -> str:

@@ -1,13 +1,13 @@
 """A run's folder: checkpoints that are whole or absent, and a log line for each step.
 
-    RUN/spec.json          the spec, and its hash
-    RUN/log.jsonl          one line a step, one for each event
-    RUN/checkpoints/step-NNNNNN/
-        model.safetensors      float32 weights under Hugging Face names
-        optimizer.safetensors  moments
-        ema.safetensors        averaged weights, if the spec asks for them
-        state.json             step, clipper, packs
-        config.json, tokenizer.json, ...   so that the folder loads as a model
+RUN/spec.json          the spec, and its hash
+RUN/log.jsonl          one line a step, one for each event
+RUN/checkpoints/step-NNNNNN/
+    model.safetensors      float32 weights under Hugging Face names
+    optimizer.safetensors  moments
+    ema.safetensors        averaged weights, if the spec asks for them
+    state.json             step, clipper, packs
+    config.json, tokenizer.json, ...   so that the folder loads as a model
 """
 
 from __future__ import annotations
@@ -125,7 +125,9 @@ def _write_model(
     tokenizer: Path,
     dtype: torch.dtype,
 ) -> None:
-    stored = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}
+    stored = {
+        name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()
+    }
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", hf_config(config, str(dtype).removeprefix("torch.")))
     for name in TOKENIZER_FILES:

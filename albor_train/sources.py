@@ -230,9 +230,10 @@ def python_files_of_folder(
         folders[:] = sorted(name for name in folders if name not in source.exclude)
         for name in sorted(files):
             path = Path(root) / name
-            if name.endswith(".py") and not path.is_symlink():
-                if 0 < path.stat().st_size <= max_bytes:
-                    yield path.relative_to(folder).as_posix(), path.read_bytes()
+            if not name.endswith(".py") or path.is_symlink():
+                continue
+            if 0 < path.stat().st_size <= max_bytes:
+                yield path.relative_to(folder).as_posix(), path.read_bytes()
 
 
 def _cached(package: Package, cache: Path) -> Path:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import sysconfig
 import types
 import typing
 from dataclasses import dataclass, field
@@ -243,8 +244,9 @@ class Spec:
         return self.model.config(self.tokenizer.vocab_size)
 
     def path(self, relative: str) -> Path:
-        """A path of the spec, from the folder that the spec lies in."""
-        return Path(self.folder) / relative
+        """A path of the spec, from its folder; "{stdlib}" is the running Python's library."""
+        stdlib = sysconfig.get_paths()["stdlib"]
+        return Path(self.folder) / relative.replace("{stdlib}", stdlib)
 
     def part_hash(self, *parts: str) -> str:
         """Hash of the named parts, for the artefacts that depend on them only."""

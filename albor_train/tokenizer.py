@@ -83,9 +83,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path) -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     room = vocab_size - len(SPECIALS) - len(alphabet) - len(indentation)
     others = [
-        (left, right)
-        for left, right in learned
-        if set(left + right) not in ({_SPACE}, {_TAB})
+        (left, right) for left, right in learned if set(left + right) not in ({_SPACE}, {_TAB})
     ]
     if room < 0 or len(others) < room:
         raise DataError(

@@ -426,9 +426,7 @@ class Trainer:
 
     def _check_same_run(self, state: TrainingState) -> None:
         if state.facts["spec"] != self._spec.hash:
-            raise TrainingError(
-                f"{self._run} was begun with another spec: give another run folder"
-            )
+            raise TrainingError(f"{self._run} was begun with another spec: give another run folder")
         used, now = list(state.facts["packs"]), self._stream.keys
         if now[: len(used)] != used:
             raise TrainingError(
@@ -471,8 +469,10 @@ def validation_loss(
 
 def _make_model(config: ModelConfig, train: TrainSpec, device: torch.device) -> Decoder:
     with torch.device("meta"):
-        model = Decoder(config).to(_DTYPES[train.dtype])
-    return model.to_empty(device=device).requires_grad_()
+        model = Decoder(config)
+    model.to(_DTYPES[train.dtype])
+    model.to_empty(device=device).requires_grad_()
+    return model
 
 
 def _hidden_function(model: Decoder, kind: AttentionKind) -> Callable[[Tensor, Any], Tensor]:

@@ -64,12 +64,8 @@ class Answerer:
                 f"{folder}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model "
                 f"{self.config.vocab_size}: they do not belong together"
             )
-        self.model: Decoder = load_decoder(
-            self.config, checkpoint.read, dtype=dtype, device=device
-        )
-        self.template: FimTemplate | None = detect_template(
-            self.tokenizer, layout_hint=layout
-        )
+        self.model: Decoder = load_decoder(self.config, checkpoint.read, dtype=dtype, device=device)
+        self.template: FimTemplate | None = detect_template(self.tokenizer, layout_hint=layout)
         self._device, self._batch_size = device, batch_size
         count = self.tokenizer.vocab_size
         self._bytes = [self.tokenizer.token_bytes(number) for number in range(count)]
@@ -132,7 +128,7 @@ class Answerer:
                 max_answer,
                 temperature,
                 generator,
-                [lambda text, i=i: is_done(i, text) for i in members],  # type: ignore[misc]
+                [lambda text, i=i: is_done(i, text) for i in members],
             )
             for index, text in zip(members, done, strict=True):
                 answers[index] = text

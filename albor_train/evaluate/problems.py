@@ -93,7 +93,7 @@ class Benchmark:
     make: Callable[[dict[str, Any]], Problem]
     keep: Callable[[dict[str, Any]], bool] = lambda _: True
     known_bad: frozenset[str] = frozenset()
-    """Problems whose own reference fails; they are counted as they are, but not in the self-test."""
+    """Problems whose own reference fails: counted, but left out of the self-test."""
 
 
 BENCHMARKS: Final = {

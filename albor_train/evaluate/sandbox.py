@@ -25,7 +25,7 @@ from typing import Final
 
 __all__ = ["Outcome", "run_program", "run_programs"]
 
-_RUNNER: Final = r'''
+_RUNNER: Final = r"""
 import json, os, resource, sys
 job = json.load(sys.stdin)
 root = os.path.realpath(os.getcwd())
@@ -37,8 +37,8 @@ resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 REFUSED = ("socket.", "subprocess.", "os.exec", "os.fork", "os.posix_spawn", "os.spawn",
            "os.system", "os.startfile", "pty.", "ctypes.", "os.kill", "os.putenv", "sys.settrace",
-           "signal.pthread_kill", "resource.setrlimit", "gc.get_", "sys.addaudithook", "webbrowser.",
-           "urllib.", "http.", "ftplib.", "smtplib.", "cpython.remote_debugger")
+           "signal.pthread_kill", "resource.setrlimit", "gc.get_", "sys.addaudithook",
+           "webbrowser.", "urllib.", "http.", "ftplib.", "smtplib.", "cpython.remote_debugger")
 # Positions of a path and of the folder descriptor it is relative to, for each changing call.
 CHANGES = {"os.remove": ((0, 1),), "os.rename": ((0, 2), (1, 3)), "os.mkdir": ((0, 2),),
            "os.rmdir": ((0, 1),), "os.link": ((0, 2), (1, 3)), "os.symlink": ((0, None), (1, 2)),
@@ -89,7 +89,7 @@ try:
     main(os.write, os._exit, token)
 except BaseException as error:
     os.write(report, ("failed: " + type(error).__name__).encode())
-'''
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +101,7 @@ class Outcome:
     """"passed", "timed out", "failed: ERROR" or "died"."""
 
 
-def run_program(
-    source: str, *, seconds: float = 10.0, memory_bytes: int = 1 << 30
-) -> Outcome:
+def run_program(source: str, *, seconds: float = 10.0, memory_bytes: int = 1 << 30) -> Outcome:
     """Run a program to its end, or stop it. Nothing it wrote remains.
 
     Args:

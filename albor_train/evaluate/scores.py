@@ -37,9 +37,7 @@ def edit_similarity(a: str, b: str) -> float:
     for i, x in enumerate(a, 1):
         diagonal, row[0] = row[0], i
         for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(
-                row[j] + 1, row[j - 1] + 1, diagonal + (x != y)
-            )
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
     return 1.0 - row[-1] / len(a)
 
 
@@ -50,7 +48,5 @@ def bootstrap_interval(
     if not values:
         raise EvaluationError("no values to take an interval of")
     rng = random.Random(seed)
-    means = sorted(
-        sum(rng.choices(values, k=len(values))) / len(values) for _ in range(draws)
-    )
+    means = sorted(sum(rng.choices(values, k=len(values))) / len(values) for _ in range(draws))
     return means[int(0.025 * draws)], means[int(0.975 * draws) - 1]

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import yaml
 
-WORDS = "value total index name node graph item result count left right path key data".split()
-VERBS = "load make find join sort pick split merge trace bound".split()
+WORDS = (
+    "value total index name node graph item result count left right path key data".split()  # noqa: SIM905
+)
+VERBS = ["load", "make", "find", "join", "sort", "pick", "split", "merge", "trace", "bound"]
 
 
 def source_file(seed: int, functions: int = 4) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
 
@@ -26,7 +27,7 @@ def test_wsd_rises_stays_and_falls_to_zero_at_the_end() -> None:
     rates = [learning_rate(TRAIN, step) for step in range(1000)]
     assert rates[0] == pytest.approx(TRAIN.lr / 50)
     assert rates[49] == rates[50] == rates[449] == TRAIN.lr
-    assert all(a > b for a, b in zip(rates[450:], rates[451:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates))
     assert rates[-1] < 0.005 * TRAIN.lr
 
 

@@ -34,8 +34,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Spec, Artefact, Arte
 def test_shards_hold_the_corpus(made: tuple[Spec, Artefact, Artefact, Path]) -> None:
     _, corpus, tokens, _ = made
     tokenizer = TrainingTokenizer(tokens.folder)
-    shard = {p: tokenizer.decode(ids.tolist()) for _, p, ids in read_token_shard(
-        tokens.folder / "train-00.tok.xz")}
+    shard = {
+        p: tokenizer.decode(ids.tolist())
+        for _, p, ids in read_token_shard(tokens.folder / "train-00.tok.xz")
+    }
     assert shard == {d.path: d.text for d in read_documents(corpus.folder / "train.jsonl.gz")}
 
 
@@ -93,7 +95,7 @@ def test_damaged_shards_are_errors(
     for name, bad in (("cut", data[:-40]), ("flip", data[:50] + b"\0\1\2" + data[53:])):
         path = tmp_path / name
         path.write_bytes(bad)
-        with pytest.raises(DataError, match="damaged|ends early"):
+        with pytest.raises(DataError, match=r"damaged|ends early"):
             list(read_token_shard(path))
 
 

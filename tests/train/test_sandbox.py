@@ -61,7 +61,9 @@ def test_nothing_outside_the_folder_changes(tmp_path: Path) -> None:
     ):
         assert not run_program(source).passed, source
     assert victim.read_text() == "kept"
-    assert run_program("open('own.txt', 'w').write('x')\nassert open('own.txt').read() == 'x'").passed
+    assert run_program(
+        "open('own.txt', 'w').write('x')\nassert open('own.txt').read() == 'x'"
+    ).passed
 
 
 def test_the_environment_is_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:

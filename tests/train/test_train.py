@@ -35,9 +35,7 @@ class Prepared:
         self.work = folder / "work"
         corpus = build_corpus(spec, self.work)
         tokenizer = build_tokenizer(spec, corpus, self.work)
-        self.tokens: Artefact = build_tokens(
-            corpus, tokenizer, self.work, max_shard_bytes=1 << 20
-        )
+        self.tokens: Artefact = build_tokens(corpus, tokenizer, self.work, max_shard_bytes=1 << 20)
         self.stream = RowStream(
             [open_pack(build_pack(spec, self.tokens, self.work, epoch=e)) for e in range(4)]
         )
@@ -102,9 +100,7 @@ def test_falsify_003_two_runs_are_equal_to_the_bit(
     assert runs[0] == runs[1]
 
 
-def test_every_gradient_is_nonzero_after_the_first_step(
-    prepared: Prepared, tmp_path: Path
-) -> None:
+def test_every_gradient_is_nonzero_after_the_first_step(prepared: Prepared, tmp_path: Path) -> None:
     trainer = prepared.trainer(prepared.spec(), tmp_path)
     trainer.run(stop_after=1)
     trainer.backward(1)
@@ -135,9 +131,7 @@ def test_five_random_stops_change_nothing(prepared: Prepared, tmp_path: Path) ->
     assert [line["step"] for line in log] == list(range(20))
 
 
-def test_gradients_do_not_depend_on_how_a_batch_is_cut(
-    prepared: Prepared, tmp_path: Path
-) -> None:
+def test_gradients_do_not_depend_on_how_a_batch_is_cut(prepared: Prepared, tmp_path: Path) -> None:
     results = []
     for rows in (1, 2, 4):
         trainer = prepared.trainer(prepared.spec(micro_batch_rows=rows), tmp_path / str(rows))
