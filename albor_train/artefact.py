@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ __all__ = ["CODE_VERSION", "Artefact", "make", "write_json"]
 CODE_VERSION: Final = 1
 """Raise when the same inputs would give a different artefact."""
 
+_LONGEST_WAIT_S: Final = 1200
 _RECORD: Final = "artefact.json"
 
 
@@ -56,7 +58,7 @@ def make(
     work: Path,
     step: str,
     inputs: Mapping[str, object],
-    build: Callable[[Path], Mapping[str, object]],
+    build: Callable[[Path], Mapping[str, object]] | None,
 ) -> Artefact:
     """The folder `work/step-<hash>`, built by `build` if it isn't there yet.
 
@@ -64,14 +66,21 @@ def make(
         work: where artefacts lie.
         step: name of the step.
         inputs: everything that the result depends on, JSON-like (hashes of other artefacts too).
-        build: fills the empty folder it is given and returns a JSON-like report.
+        build: fills the empty folder it is given and returns a JSON-like report; None waits up to
+            20 minutes for another process to make it.
 
     Raises:
-        DataError: a folder of that name was not made by this function. What `build` raises;
-            nothing is left behind then.
+        DataError: a folder of that name was not made by this function, or none came. What
+            `build` raises; nothing is left behind then.
     """
     key = content_hash({"step": step, "inputs": dict(inputs), "code_version": CODE_VERSION})
     folder = work / f"{step}-{key[:12]}"
+    if build is None:
+        end = time.monotonic() + _LONGEST_WAIT_S
+        while not folder.exists():
+            if time.monotonic() > end:
+                raise DataError(f"{folder} was not made in {_LONGEST_WAIT_S} s: see its maker")
+            time.sleep(0.1)
     if folder.exists():
         try:
             record = json.loads((folder / _RECORD).read_text("utf-8"))
@@ -80,6 +89,7 @@ def make(
         if record.get("key") != key:
             raise DataError(f"{folder} belongs to other inputs: remove it")
         return Artefact(folder, key, False)
+    assert build is not None
     work.mkdir(parents=True, exist_ok=True)
     temporary = work / f".{folder.name}.{secrets.token_hex(4)}"
     temporary.mkdir()

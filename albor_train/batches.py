@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,35 +52,66 @@ def targets_of(rows: npt.NDArray[np.int64], end_id: int, pad_id: int) -> npt.NDA
 
 
 class RowStream:
-    """The rows of several packs, one after the other; each is in random order already."""
+    """The rows of several packs, one after the other; each is in random order already.
 
-    def __init__(self, packs: Sequence[Pack]) -> None:
+    More packs may be appended by another thread while rows are read.
+    """
+
+    def __init__(self, packs: Sequence[Pack], *, is_open: bool = False) -> None:
         """Join packs of equal row length.
+
+        Args:
+            is_open: more packs will come: reading beyond the last row waits until `finish`.
 
         Raises:
             DataError: there are none, or they don't fit together.
         """
+        self._changed = threading.Condition()
+        self._is_open = is_open
+        self._error: BaseException | None = None
         if not packs:
             raise DataError("no packs to train on: make some first")
         first = packs[0]
-        for pack in packs:
-            if pack.rows.shape[1] != first.rows.shape[1] or (pack.end_id, pack.pad_id) != (
-                first.end_id,
-                first.pad_id,
-            ):
-                raise DataError(f"{pack.folder} was made for another row length or tokenizer")
-        self.packs = tuple(packs)
-        self._starts = np.cumsum([0, *(len(pack.rows) for pack in packs)])
+        self.packs: tuple[Pack, ...] = ()
         self.sequence_len = int(first.rows.shape[1])
         self.end_id, self.pad_id = first.end_id, first.pad_id
+        for pack in packs:
+            self.append(pack)
+
+    def append(self, pack: Pack) -> None:
+        """Add a pack's rows at the end.
+
+        Raises:
+            DataError: its rows have another length, or other ids for end and padding.
+        """
+        if (pack.rows.shape[1], pack.end_id, pack.pad_id) != (
+            self.sequence_len,
+            self.end_id,
+            self.pad_id,
+        ):
+            raise DataError(f"{pack.folder} was made for another row length or tokenizer")
+        with self._changed:
+            self.packs = (*self.packs, pack)
+            self._changed.notify_all()
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """No more packs will come; whoever waits for rows gets `error`, or learns that they end."""
+        with self._changed:
+            self._is_open = False
+            self._error = error
+            self._changed.notify_all()
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return sum(len(pack.rows) for pack in self.packs)
 
-    @property
-    def keys(self) -> list[str]:
-        """The packs' hashes, in order."""
-        return [pack.key for pack in self.packs]
+    def keys(self, num_rows: int) -> list[str]:
+        """Hashes of the packs that the first `num_rows` rows lie in."""
+        found, start = [], 0
+        for pack in self.packs:
+            if start < num_rows:
+                found.append(pack.key)
+            start += len(pack.rows)
+        return found
 
     def batch(self, start: int, count: int) -> Batch:
         """Rows start to start + count.
@@ -87,16 +119,24 @@ class RowStream:
         Raises:
             DataError: the stream ends before.
         """
+        with self._changed:
+            while start + count > len(self) and self._is_open:
+                self._changed.wait()
+            if self._error is not None and start + count > len(self):
+                raise DataError(f"packing failed: {self._error}") from self._error
+            packs = self.packs
         if not 0 <= start <= start + count <= len(self):
             raise DataError(
                 f"rows {start} to {start + count} are wanted, but the packs hold {len(self)}: "
                 f"make another epoch or lower train.steps"
             )
         parts = []
-        for pack, first in zip(self.packs, self._starts[:-1].tolist(), strict=True):
+        first = 0
+        for pack in packs:
             low, high = max(0, start - first), min(len(pack.rows), start + count - first)
             if low < high:
                 parts.append(pack.rows[low:high])
+            first += len(pack.rows)
         rows = np.concatenate(parts).astype(np.int64)
         targets = targets_of(rows, self.end_id, self.pad_id)
         tokens = torch.from_numpy(rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -25,7 +26,7 @@ from albor_train.evaluate.measure import (
     write_results,
 )
 from albor_train.export import export_folder, export_gguf
-from albor_train.pack import build_pack, build_tokenizer, build_tokens, open_pack
+from albor_train.pack import Pack, build_pack, build_tokenizer, build_tokens, open_pack
 from albor_train.runs import latest_checkpoint
 from albor_train.serving import serves
 from albor_train.spec import Spec, check_epochs
@@ -122,47 +123,74 @@ def train(
     on_step: Callable[[StepRecord], None] | None = None,
     say: Say = lambda _: None,
 ) -> list[StepRecord]:
-    """Pack as many epochs as the steps need, then train or go on training.
+    """Train or go on training; epochs are packed ahead in the background as they are needed.
 
-    The first process packs; the others wait and find the packs made.
+    The first process packs; the others wait for its packs.
     """
-    if world.is_first:
-        _pack(spec, tokens, work, processes, say)
-    world.wait()
-    packs, validation = _pack(spec, tokens, work, 1, lambda _: None)
-    stream = RowStream([open_pack(pack) for pack in packs])
-    trainer = Trainer(
-        spec,
-        stream,
-        tokens.folder,
-        run,
-        world,
-        validation={name: RowStream([open_pack(p)]) for name, p in validation.items()},
-        balance=balance,
-        on_step=on_step,
-    )
-    return trainer.run(stop_after=stop_after, max_seconds=max_seconds)
+    rows_per_step = spec.train.batch_tokens // spec.train.sequence_len
+    needed = spec.train.steps * rows_per_step
+    if stop_after is not None:
+        needed = min(needed, (_steps_done(run) + stop_after) * rows_per_step)
 
+    def pack(epoch: int = 0, split: str = "train", fim_rate: float | None = None) -> Pack:
+        made = build_pack(
+            spec,
+            tokens,
+            work,
+            epoch=epoch,
+            split=split,
+            fim_rate=fim_rate,
+            processes=processes,
+            wait=not world.is_first,
+        )
+        return open_pack(made)
 
-def _pack(
-    spec: Spec, tokens: Artefact, work: Path, processes: int, say: Say
-) -> tuple[list[Artefact], dict[str, Artefact]]:
-    needed = spec.train.steps * (spec.train.batch_tokens // spec.train.sequence_len)
-    packs: list[Artefact] = []
-    rows = 0
-    while rows < needed and len(packs) < spec.train.epochs:
-        pack = build_pack(spec, tokens, work, epoch=len(packs), processes=processes)
-        packs.append(pack)
-        rows += int(pack.report["num_rows"])
-        say(f"epoch {len(packs)}: {rows:,} rows of {needed:,}")
-    if rows < needed:
-        check_epochs(spec.train, rows // len(packs))
-        raise TrainingError(f"the packs hold {rows} rows, but the run needs {needed}")
+    first = pack()
+    check_epochs(spec.train, len(first.rows))
+    say(f"epoch 1: {len(first.rows):,} rows; the run needs {needed:,}")
+    stream = RowStream([first], is_open=True)
+    # What was learned from already must be there before the run can go on.
+    epoch = 1
+    while len(stream) < _steps_done(run) * rows_per_step:
+        stream.append(pack(epoch))
+        epoch += 1
     validation = {
-        name: build_pack(spec, tokens, work, split="validation", fim_rate=rate, processes=processes)
+        name: RowStream([pack(split="validation", fim_rate=rate)])
         for name, rate in (("left_to_right", 0.0), ("fim", 1.0))
     }
-    return packs, validation
+
+    def fill() -> None:
+        error: BaseException | None = None
+        try:
+            # An epoch's rows differ a little from the first one's: one more than asked may do.
+            for number in range(epoch, spec.train.epochs + 1):
+                if len(stream) >= needed:
+                    break
+                stream.append(pack(number))
+        except BaseException as caught:  # noqa: BLE001 - handed to whoever waits for the rows
+            error = caught
+        stream.finish(error)
+
+    threading.Thread(target=fill, name="packing", daemon=True).start()
+    try:
+        trainer = Trainer(
+            spec,
+            stream,
+            tokens.folder,
+            run,
+            world,
+            validation=validation,
+            balance=balance,
+            on_step=on_step,
+        )
+        return trainer.run(stop_after=stop_after, max_seconds=max_seconds)
+    finally:
+        stream.finish()
+
+
+def _steps_done(run: Path) -> int:
+    checkpoint = latest_checkpoint(run)
+    return 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
 
 
 def evaluate_folder(

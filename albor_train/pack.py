@@ -271,6 +271,7 @@ def build_pack(
     fim_rate: float | None = None,
     processes: int = 1,
     progress: Progress | None = None,
+    wait: bool = False,
 ) -> Artefact:
     """One epoch of rows; deterministic in the spec's seed, the epoch and the shards.
 
@@ -281,6 +282,7 @@ def build_pack(
         shards: names of the shards to use; None for all of the split.
         fim_rate: overrides the spec's share of fill-in-the-middle examples.
         processes: workers; the result does not depend on it.
+        wait: let another process make it.
     """
     if shards is None:
         shards = sorted(path.name for path in tokens.folder.glob(f"{split}*.tok.xz"))
@@ -312,7 +314,7 @@ def build_pack(
             raise DataError(f"the shards {', '.join(shards)} hold no text")
         return _write_rows(examples, spec, tokens, folder, epoch)
 
-    return make(work, f"pack-{split}", inputs, build)
+    return make(work, f"pack-{split}", inputs, None if wait else build)
 
 
 class _Mapper:

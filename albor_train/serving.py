@@ -11,11 +11,13 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from albor_train.errors import EvaluationError
 
 __all__ = ["serves"]
+
+_START: Final = "import sys; from albor_serve.cli import main; sys.exit(main())"
 
 
 def serves(model: Path, *, max_seconds: float = 120.0) -> str:
@@ -27,7 +29,7 @@ def serves(model: Path, *, max_seconds: float = 120.0) -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "albor_serve.cli", str(model), "--port", str(port)]
+    command = [sys.executable, "-c", _START, str(model), "--port", str(port)]
     process = subprocess.Popen(  # noqa: S603 - this interpreter and a path
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )

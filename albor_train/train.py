@@ -178,6 +178,7 @@ class Trainer:
         num_micro = self._rows_per_step // self._train.micro_batch_rows
         self._shares = proportional_shares(num_micro, [1.0] * world.size)
         self._peak = _peak_flops(world) * world.size
+        self._last_step = 0
         self._reader: ThreadPoolExecutor | None = None
         self._ahead: tuple[tuple[int, int, int], Future[list[Batch]]] | None = None
 
@@ -208,6 +209,7 @@ class Trainer:
             write_json(self._run / "spec.json", {"hash": self._spec.hash, **to_plain(self._spec)})
             log = Log(self._run / "log.jsonl", self.step)
         records: list[StepRecord] = []
+        self._last_step = last
         self._reader = ThreadPoolExecutor(1)
         try:
             while self.step < last:
@@ -230,7 +232,7 @@ class Trainer:
             if records and self.step % self._train.checkpoint_every:
                 self._save()
         finally:
-            self._reader.shutdown()
+            self._reader.shutdown(wait=False, cancel_futures=True)
             self._reader = self._ahead = None
             if log is not None:
                 log.close()
@@ -271,7 +273,7 @@ class Trainer:
         batches = ahead[1].result() if ahead is not None and ahead[0] == wanted else None
         if batches is None:
             batches = self._read(*wanted)
-        if (step + 2) * self._rows_per_step <= len(self._stream) and self._reader is not None:
+        if step + 1 < self._last_step and self._reader is not None:
             following = (step + 1, *wanted[1:])
             self._ahead = (following, self._reader.submit(self._read, *following))
         return batches
@@ -398,7 +400,7 @@ class Trainer:
         if self._world.is_first:
             facts = {
                 "spec": self._spec.hash,
-                "packs": self._stream.keys,
+                "packs": self._stream.keys(self.step * self._rows_per_step),
                 "tokens_seen": self._tokens_seen,
                 "loss_mean": self._loss_mean,
                 "bad_steps": self._bad_steps,
@@ -427,8 +429,7 @@ class Trainer:
     def _check_same_run(self, state: TrainingState) -> None:
         if state.facts["spec"] != self._spec.hash:
             raise TrainingError(f"{self._run} was begun with another spec: give another run folder")
-        used, now = list(state.facts["packs"]), self._stream.keys
-        if now[: len(used)] != used:
+        if self._stream.keys(state.step * self._rows_per_step) != list(state.facts["packs"]):
             raise TrainingError(
                 f"{self._run} was begun with other data: give its packs first, in their order"
             )

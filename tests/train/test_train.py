@@ -3,6 +3,8 @@ from __future__ import annotations
 import copy
 import json
 import random
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +206,32 @@ def test_validation_falls(prepared: Prepared, tmp_path: Path) -> None:
     losses = [e["held_out"] for e in read_log(tmp_path / "log.jsonl") if e["event"] == "validation"]
     assert len(losses) == 2
     assert losses[1] < losses[0] < np.log(512) + 0.1
+
+
+def test_packs_may_come_while_training(prepared: Prepared, tmp_path: Path) -> None:
+    spec = prepared.spec(steps=20, batch_tokens=4096, micro_batch_rows=4)
+    packs = prepared.stream.packs
+    assert len(packs[0].rows) < 20 * 16 <= len(prepared.stream)
+    whole = prepared.trainer(spec, tmp_path / "whole")
+    whole.run()
+    stream = RowStream(packs[:1], is_open=True)
+
+    def append() -> None:
+        for pack in packs[1:]:
+            time.sleep(0.3)
+            stream.append(pack)
+        stream.finish()
+
+    threading.Thread(target=append).start()
+    trainer = Trainer(spec, stream, prepared.tokens.folder, tmp_path / "fed", ALONE)
+    trainer.run()
+    assert bits(trainer) == bits(whole)
+
+
+def test_failed_packing_ends_the_run(prepared: Prepared, tmp_path: Path) -> None:
+    spec = prepared.spec(steps=20, batch_tokens=4096, micro_batch_rows=4)
+    stream = RowStream(prepared.stream.packs[:1], is_open=True)
+    threading.Timer(0.5, stream.finish, [DataError("the shard is damaged")]).start()
+    trainer = Trainer(spec, stream, prepared.tokens.folder, tmp_path, ALONE)
+    with pytest.raises(DataError, match="the shard is damaged"):
+        trainer.run()
