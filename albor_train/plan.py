@@ -112,8 +112,8 @@ def plan_lines(spec: Spec) -> list[str]:
             f"{rows // train.micro_batch_rows} micro-batches of {train.micro_batch_rows} rows"
         ),
         (
-            f"run        {train.steps:,} steps, {tokens / 1e6:,.0f}M tokens, {train.epochs} epochs at "
-            f"most: one epoch must hold {epoch_rows:,} rows"
+            f"run        {train.steps:,} steps, {tokens / 1e6:,.0f}M tokens, {train.epochs} epochs "
+            f"at most: one epoch must hold {epoch_rows:,} rows"
         ),
         (
             f"compute    {flops * tokens:.2e} FLOPs, one H100 {_hours(flops * tokens, 0.45)} at "

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
-from albor_serve.calibration import input_moments
+from albor_serve.calibration import folder_moments, input_moments
 from albor_serve.checkpoint import open_checkpoint
 from albor_serve.checkpoint.writer import write_gguf
-from albor_serve.errors import ConfigError
+from albor_serve.errors import CheckpointError, ConfigError
 from tests.fixtures_checkpoint import save_tiny_model
 
 torch = pytest.importorskip("torch")
@@ -41,6 +42,35 @@ def test_moments_are_those_of_the_inputs(tmp_path: Path) -> None:
     assert all(not module._forward_pre_hooks for module in model.modules())
     with pytest.raises(ConfigError):
         input_moments(model, [[], []])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])  # untied and tied head
+def test_albors_own_decoder_gives_the_same_moments(architecture: str, tmp_path: Path) -> None:
+    from albor_serve.model import load_decoder
+
+    theirs = input_moments(save_tiny_model(tmp_path, architecture), [[5, 9, 300, 2], [7, 7, 11]])
+    checkpoint = open_checkpoint(tmp_path)
+    decoder = load_decoder(checkpoint.config, checkpoint.read)
+    ours = input_moments(decoder, [[5, 9, 300, 2], [7, 7, 11]])
+    assert set(ours) == set(theirs)
+    for name, expected in theirs.items():
+        np.testing.assert_allclose(ours[name], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_folder_is_calibrated_on_the_beginnings_of_texts(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path, "qwen2")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    texts = ["def main(argv):\n" * 200, "class Node:\n    pass\n", "never reached"]
+    windows = [tokenizer.encode(text).ids[:512] for text in texts[:2]]
+    expected = input_moments(model, windows)
+    found = folder_moments(tmp_path, texts, max_tokens=513)
+    name = "model.layers.0.mlp.down_proj.weight"
+    np.testing.assert_allclose(found[name], expected[name], rtol=1e-3, atol=1e-4)
+    with pytest.raises(ConfigError):
+        folder_moments(tmp_path, [])
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        folder_moments(tmp_path, texts)
 
 
 def test_calibrated_files_are_closer_to_the_model(tmp_path: Path) -> None:

@@ -26,6 +26,55 @@ def test_is_the_model_on_its_card() -> None:
     assert _PATH.stat().st_size < 20_000_000
 
 
+def test_llamacpp_yields_the_ids_of_the_original_tokenizer() -> None:
+    text = "def f(x=None):\n\tif x is None:\r\n        return 'naïve 🙂 中文' + str(12345)"
+    expected = [
+        487,
+        307,
+        805,
+        876,
+        344,
+        213,
+        1062,
+        569,
+        357,
+        378,
+        41,
+        5968,
+        275,
+        380,
+        396,
+        4118,
+        143,
+        123,
+        425,
+        236,
+        188,
+        269,
+        263,
+        240,
+        236,
+        176,
+        132,
+        271,
+        178,
+        260,
+        245,
+        22,
+        515,
+        518,
+        23,
+        32,
+        33,
+        34,
+        35,
+        36,
+        24,
+    ]  # from the tokenizer.json that the model was trained with
+    with llama_model(_PATH, vocab_only=True) as (_, vocab):
+        assert tokenize(vocab, text) == expected
+
+
 def test_fills_in_code_in_llamacpp() -> None:
     with llama_model(_PATH) as (model, vocab):
         assert [

@@ -17,6 +17,7 @@ examples:
   albor-bench decode model.gguf --peers none          one file, albor alone
   albor-bench decode --json out.json --plot out.png
   albor-bench perplexity a.gguf b.gguf --text src/*.py
+  albor-bench infill --data HumanEval-SingleLineInfilling.jsonl.gz --every 10
 
 The peers llama-server and matplotlib come with: pip install 'albor[bench]'
 Close other programs first: engines whose threads wait for each other suffer most.
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_decode(commands)
     _add_perplexity(commands)
+    _add_infill(commands)
     options = parser.parse_args(argv)
     try:
         code: int = options.run(options)
@@ -63,7 +65,7 @@ def _add_decode(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--threads", type=int, default=None, help="(the physical cores)")
     parser.add_argument(
         "--peers",
-        default="llama-server,llama-cpp-python",
+        default="llama-server,llama-cpp-python,llama-cpp-python-loop",
         help="comma-separated, or none (%(default)s)",
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures")
@@ -84,7 +86,7 @@ def _decode(options: argparse.Namespace) -> int:
         if getattr(options, name) < low:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {low}")
     peers = () if options.peers == "none" else tuple(options.peers.split(","))
-    unknown = set(peers) - {"llama-server", "llama-cpp-python"}
+    unknown = set(peers) - {"llama-server", "llama-cpp-python", "llama-cpp-python-loop"}
     if unknown:
         raise ConfigError(f"no such peer: {', '.join(sorted(unknown))}; see --help")
     settings = DecodeSettings(
@@ -173,6 +175,52 @@ def _perplexity(options: argparse.Namespace) -> int:
             f"{result.bits_per_byte:.4f}",
             str(result.num_tokens),
         )
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    return 0
+
+
+def _add_infill(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("infill", help="exact matches of a missing line, by cursor")
+    parser.add_argument("model", nargs="?", type=Path, metavar="MODEL", help="(the embedded one)")
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="FILE", help="in HumanEval-Infilling's format"
+    )
+    parser.add_argument("--every", type=int, default=1, help="take every n-th problem")
+    parser.set_defaults(run=_infill)
+
+
+def _infill(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from albor_serve.bench.infill import read_problems, score_infill
+    from albor_serve.loader import LoadOptions, load_model
+
+    if options.every < 1:
+        raise ConfigError("--every must be at least 1")
+    problems = read_problems(options.data, options.every)
+    loaded = load_model(options.model, LoadOptions(num_slots=1))
+    try:
+        if loaded.template is None:
+            raise ConfigError(f"{loaded.name} was not trained to fill in the middle")
+        loaded.engine.start()
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(f"{len(problems)} problems", total=1.0)
+
+            def show(done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total)
+
+            scores = score_infill(loaded.engine, loaded.template, problems, show)
+    finally:
+        loaded.engine.close()
+    table = Table(
+        title=f"{loaded.name}, {loaded.template.family}, {len(problems)} problems, greedy"
+    )
+    for heading in ("cursor", "token healing", "exact match"):
+        table.add_column(heading)
+    for score in scores:
+        table.add_row(score.cursor, "yes" if score.is_healed else "no", f"{score.percent:.1f} %")
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     return 0
 

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from albor_serve.bench.machine import Machine, read_bandwidth
-from albor_serve.checkpoint.gguf_header import open_gguf_header
+from albor_serve.checkpoint.gguf_header import GgufHeader, open_gguf_header
 from albor_serve.errors import BackendError
 
 __all__ = ["DecodeSettings", "EngineFigures", "ModelFigures", "Stat", "measure_model"]
@@ -107,15 +107,13 @@ def measure_model(
         weight_bytes=weight_bytes,
         cache_gb_per_s=read_bandwidth(weight_bytes, settings.threads) / 1e9,
     )
-    vocab_size = len(header.metadata.raw_strings("tokenizer.ggml.tokens"))
-    rng = random.Random(0)
-    tokens = [rng.randrange(vocab_size // 4, vocab_size) for _ in range(settings.prompt_len)]
     context = settings.prompt_len + settings.num_new + 64
     workers = []
     try:
         for at, kind in enumerate(settings.kinds):
             progress(f"{name}: loading {kind}", at / len(settings.kinds))
             workers.append(_Worker(kind, path, context, settings.threads))
+        tokens = _prompt(workers[0], header, settings.prompt_len)
         samples: dict[str, list[tuple[float, float, float]]] = {w.kind: [] for w in workers}
         for worker in workers:
             worker.generate(tokens, 8, fresh=True)  # warm-up
@@ -146,6 +144,20 @@ def measure_model(
         rows = worker.ask(what="rows", counts=counts, context_len=settings.prompt_len)["rows"]
         figures.rows_ms = {int(count): ms for count, ms in rows.items()}
     return figures
+
+
+def _prompt(albor: _Worker, header: GgufHeader, prompt_len: int) -> list[int]:
+    """Real code for a trained model, so that drafts are as good as in life; random ids for one
+    with random weights, whose vocabulary has no words."""
+    if not header.metadata.string("general.name", "").startswith("random-"):
+        # This package's own source: code that no model was trained on.
+        text = "".join(path.read_text() for path in sorted(Path(__file__).parent.glob("*.py")))
+        tokens: list[int] = albor.ask(what="tokenize", text=text)["tokens"]
+        if len(tokens) >= prompt_len:
+            return tokens[:prompt_len]
+    vocab_size = len(header.metadata.raw_strings("tokenizer.ggml.tokens"))
+    rng = random.Random(0)
+    return [rng.randrange(vocab_size // 4, vocab_size) for _ in range(prompt_len)]
 
 
 def _one_round(

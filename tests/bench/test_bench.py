@@ -9,10 +9,15 @@ import pytest
 
 from albor_serve.bench.cli import main
 from albor_serve.bench.decode import EngineFigures, ModelFigures, Stat
+from albor_serve.bench.infill import CURSORS, Problem, score_infill
 from albor_serve.bench.machine import Machine, describe_machine, read_bandwidth
 from albor_serve.bench.shapes import SHAPES, shape_gguf
 from albor_serve.checkpoint import open_checkpoint
-from albor_serve.config import ModelConfig
+from albor_serve.config import EngineConfig, ModelConfig
+from albor_serve.engine import Engine
+from albor_serve.fim import TEMPLATES, build_fim_prompt
+from tests.api.live import tiny_gguf
+from tests.fakes import ByteTokenizer, HashBackend
 
 TINY = ModelConfig("llama", 512, 64, 128, 2, 4, 2, 16, 256, tie_embeddings=True)
 
@@ -70,6 +75,40 @@ def test_perplexity_compares_models(
     assert "1.0000" in capsys.readouterr().out
 
 
+def test_infill_scores_cursors_with_and_without_healing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"prompt": "def f(x):\n", "suffix": "\n", "canonical_solution": "    return x\n"},
+        {"prompt": "a = 1\n", "suffix": "", "canonical_solution": "two\nlines\n"},
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    assert main(["infill", str(tiny_gguf(tmp_path)), "--data", str(data)]) == 0
+    printed = capsys.readouterr().out
+    assert "1 problems" in printed
+    assert printed.count("%") == 6
+
+
+def test_infill_counts_what_is_right() -> None:
+    tokenizer = ByteTokenizer()
+    backend = HashBackend(tokenizer.vocab_size, num_slots=1)
+    engine = Engine(backend, tokenizer, EngineConfig(num_slots=1, max_seq_len=256))
+    engine.start()
+    try:
+        template = TEMPLATES["albor"]
+        fim = build_fim_prompt(template, tokenizer, "x\n", "y", max_prompt_len=200, heal=False)
+        ids = backend.answer(fim.tokens, 48, tokenizer.eos_token_ids)
+        text = tokenizer.decode(ids).decode("utf-8", "replace")
+        line = next(line for line in text.split("\n") if line.strip())
+        problems = [Problem("x\n", "y", line.rstrip()), Problem("x\n", "y", "never this")]
+        scores = score_infill(engine, template, problems, lambda done, total: None)
+    finally:
+        engine.close()
+    assert [score.cursor for score in scores[::2]] == list(CURSORS)
+    assert (scores[0].num_right, scores[0].percent) == (1, 50.0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
@@ -78,6 +117,9 @@ def test_perplexity_compares_models(
         (["decode", "--peers", "vllm"], 2, "no such peer"),
         (["decode", "--new", "1"], 2, "--new"),
         (["perplexity", "/nowhere.gguf", "--text", "/nowhere.py"], 2, "cannot read"),
+        (["infill", "--data", "/nowhere.jsonl"], 2, "HumanEval-Infilling"),
+        (["infill", "--data", __file__], 2, "HumanEval-Infilling"),
+        (["infill", "--data", __file__, "--every", "0"], 2, "--every"),
     ],
 )
 def test_bad_arguments_are_one_line(
