@@ -27,7 +27,7 @@ def test_wsd_rises_stays_and_falls_to_zero_at_the_end() -> None:
     rates = [learning_rate(TRAIN, step) for step in range(1000)]
     assert rates[0] == pytest.approx(TRAIN.lr / 50)
     assert rates[49] == rates[50] == rates[449] == TRAIN.lr
-    assert all(a > b for a, b in itertools.pairwise(rates))
+    assert all(a > b for a, b in itertools.pairwise(rates[450:]))
     assert rates[-1] < 0.005 * TRAIN.lr
 
 
