@@ -534,9 +534,13 @@ class Engine:
             slot = sequence.held_slot
             last = int(slot.tokens[sequence.num_tokens - 1])
             steps.append(ExtendStep(slot.index, (last, *draft), "all"))
+        started = self._clock()
         logits = self._extend(ready, steps)
         if logits is None:
             return
+        if self._draft_policy is not None and len(ready) == 1:
+            took_ms = (self._clock() - started) * 1000
+            self._draft_policy.observe_step(steps[0].num_rows, took_ms)
         for sequence, draft, rows in zip(ready, drafts, logits, strict=True):
             self._take_rows(sequence, rows, draft)
 

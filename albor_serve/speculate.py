@@ -78,13 +78,17 @@ class DraftPolicy:
 
     DECAY = 0.98
     """Weight of the past at each new observation: about the last 50 count."""
-    MIN_GAIN = 1.05
+    MIN_GAIN = 1.1
     """Draft only for an expected speed-up of at least this factor."""
+    STEP_WEIGHT = 0.1
+    """Weight of each new step in the correction of the calibrated costs."""
     _PRIORS = ((0.35, 4.0), (0.55, 4.0), (0.75, 4.0))
     """(first guess at the acceptance, its weight in observations) for match lengths 2, 3, 4."""
 
     def __init__(self, costs: RowCosts) -> None:
         self._costs = costs
+        self._single_factor = 1.0
+        self._several_factor = 1.0
         self._hits = [rate * weight for rate, weight in self._PRIORS]
         self._tries = [weight for _, weight in self._PRIORS]
 
@@ -101,18 +105,31 @@ class DraftPolicy:
         self._hits[at] = self._hits[at] * self.DECAY + first_was_right
         self._tries[at] = self._tries[at] * self.DECAY + 1.0
 
+    def observe_step(self, rows: int, ms: float) -> None:
+        """Correct the costs by a step that really took `ms`.
+
+        The calibration ran with short contexts and nothing beside it. One row and several rows
+        age differently with both, and the choice rests on their ratio.
+        """
+        factor = ms / self._costs.ms(rows)
+        keep = 1.0 - self.STEP_WEIGHT
+        if rows == 1:
+            self._single_factor = keep * self._single_factor + self.STEP_WEIGHT * factor
+        else:
+            self._several_factor = keep * self._several_factor + self.STEP_WEIGHT * factor
+
     def num_to_verify(self, draft: Draft) -> int:
         """How many of the draft's tokens to verify in the next step; 0 means not to draft."""
         if not draft.tokens:
             return 0
         chance = self.acceptance(draft.match_len)
-        one_row_ms = self._costs.ms(1)
+        one_row_ms = self._costs.ms(1) * self._single_factor
         best_num, best_gain = 0, self.MIN_GAIN
         expected, power = 1.0, 1.0
         for num in range(1, len(draft.tokens) + 1):
             power *= chance
             expected += power
-            gain = expected * one_row_ms / self._costs.ms(num + 1)
+            gain = expected * one_row_ms / (self._costs.ms(num + 1) * self._several_factor)
             if gain > best_gain:
                 best_num, best_gain = num, gain
         return best_num

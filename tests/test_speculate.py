@@ -58,3 +58,16 @@ def test_an_empty_draft_teaches_nothing() -> None:
     policy = DraftPolicy(LinearCosts())
     policy.observe(Draft((), 0), True)
     assert policy.acceptance(2) == pytest.approx(0.35)
+
+
+def test_measured_steps_correct_the_calibration() -> None:
+    draft = Draft((1, 2, 3, 4), 4)
+    policy = DraftPolicy(LinearCosts(1.0, 0.0))
+    assert policy.num_to_verify(draft) == 4
+    for _ in range(60):
+        policy.observe_step(1, 1.0)
+        policy.observe_step(5, 20.0)  # several rows turn out to be dear
+    assert policy.num_to_verify(draft) == 0
+    for _ in range(60):
+        policy.observe_step(1, 20.0)  # everything has become slow alike
+    assert policy.num_to_verify(draft) == 4

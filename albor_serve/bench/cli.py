@@ -21,6 +21,8 @@ examples:
   albor-bench perplexity a.gguf b.gguf --text src/*.py
   albor-bench infill --data HumanEval-SingleLineInfilling.jsonl.gz --every 10
 
+Peers: llama-server, llama-cpp-python (as its users call it), llama-cpp-python-loop (its token
+loop alone, on the same native library as albor's).
 The peers llama-server and matplotlib come with: pip install 'albor[bench]'
 Close other programs first: engines whose threads wait for each other suffer most.
 """
@@ -69,7 +71,7 @@ def _add_decode(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument(
         "--peers",
         default=None,
-        help="comma-separated, or none (those installed of llama-server,llama-cpp-python)",
+        help="comma-separated, or none (all that are installed; see below)",
     )
     parser.add_argument(
         "--http",

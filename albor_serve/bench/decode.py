@@ -13,7 +13,7 @@ from typing import Final
 from albor_serve.bench.load import LoadMeter
 from albor_serve.bench.machine import Machine, read_bandwidth
 from albor_serve.bench.peers import HTTP_SUFFIX, Peer, PeerOptions, Worker, open_peer
-from albor_serve.checkpoint.gguf_header import open_gguf_header
+from albor_serve.checkpoint.gguf_header import GgufHeader, open_gguf_header
 
 __all__ = ["DecodeSettings", "EngineFigures", "ModelFigures", "Stat", "measure_model"]
 
@@ -122,9 +122,6 @@ def measure_model(
         weight_bytes=weight_bytes,
         cache_gb_per_s=read_bandwidth(weight_bytes, settings.threads) / 1e9,
     )
-    vocab_size = len(header.metadata.raw_strings("tokenizer.ggml.tokens"))
-    rng = random.Random(0)
-    tokens = [rng.randrange(vocab_size // 4, vocab_size) for _ in range(settings.prompt_len)]
     context = settings.prompt_len + settings.num_new + 64
     options = PeerOptions(
         context, settings.threads, Path(settings.llama_server) if settings.llama_server else None
@@ -134,6 +131,9 @@ def measure_model(
         for at, kind in enumerate((BARE, *settings.kinds)):
             progress(f"{name}: loading {kind}", at / (len(settings.kinds) + 1))
             peers.append(stack.enter_context(open_peer(kind, path, options)))
+        bare = peers[0]
+        assert isinstance(bare, Worker)
+        tokens = _prompt(bare, header, settings.prompt_len)
         for peer in peers:
             peer.generate(tokens, 8, fresh=True)  # warm-up
         samples: dict[str, list[_Round]] = {peer.kind: [] for peer in peers}
@@ -148,11 +148,23 @@ def measure_model(
         if meter.foreign_cores:
             figures.foreign_cores = Stat.of(meter.foreign_cores)
         progress(f"{name}: rows", 0.9)
-        bare = peers[0]
-        assert isinstance(bare, Worker)
         counts = [count for count in ROW_COUNTS if count < settings.num_new + 64]
         figures.rows_ms = bare.rows(counts, settings.prompt_len)
     return figures
+
+
+def _prompt(bare: Worker, header: GgufHeader, prompt_len: int) -> list[int]:
+    """Real code for a trained model, so that drafts are as good as in life; random ids for one
+    with random weights, whose vocabulary has no words."""
+    if not header.metadata.string("general.name", "").startswith("random-"):
+        # This package's own source: code that no model was trained on.
+        text = "".join(path.read_text() for path in sorted(Path(__file__).parent.glob("*.py")))
+        tokens = bare.tokenize(text)
+        if len(tokens) >= prompt_len:
+            return tokens[:prompt_len]
+    vocab_size = len(header.metadata.raw_strings("tokenizer.ggml.tokens"))
+    rng = random.Random(0)
+    return [rng.randrange(vocab_size // 4, vocab_size) for _ in range(prompt_len)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ __all__ = [
     "stream_completion",
 ]
 
-PEERS: Final = ("llama-server", "llama-cpp-python")
+PEERS: Final = ("llama-server", "llama-cpp-python", "llama-cpp-python-loop")
 """What albor is compared with."""
 HTTP_SUFFIX: Final = "+http"
 """Ends the names of engines that are asked over HTTP and timed by the client."""
@@ -73,7 +73,7 @@ class Run:
 def available_peers() -> tuple[str, ...]:
     """The peers whose packages are installed."""
     has_server = importlib.util.find_spec("xllamacpp") is not None
-    return PEERS if has_server else ("llama-cpp-python",)
+    return PEERS if has_server else PEERS[1:]
 
 
 class Peer(abc.ABC):
@@ -208,6 +208,11 @@ class Worker(Peer):
         """Milliseconds of one step with so many rows after `context_len` tokens."""
         answer = self._ask(what="rows", counts=list(counts), context_len=context_len)
         return {int(count): ms for count, ms in answer["rows"].items()}
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, by the model's own tokenizer."""
+        tokens: list[int] = self._ask(what="tokenize", text=text)["tokens"]
+        return tokens
 
     def address(self) -> str:
         """Host and port that the engine inside listens on."""

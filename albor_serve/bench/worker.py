@@ -103,6 +103,10 @@ class _Backend:
         each = decode_s * 1000 / (num_new - 1) if num_new > 1 else 0.0
         return Run((first - started) * 1000, each, num_new)
 
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        return self._backend.tokenizer.encode(text)
+
     def rows(self, counts: list[int], context_len: int) -> dict[int, float]:
         """Milliseconds of one step with so many rows: median of 5."""
         from albor_serve.backends.base import ExtendStep
@@ -125,7 +129,7 @@ class _Backend:
 
 
 class _LlamaCppPython:
-    """llama-cpp-python's own high-level loop, its sampler set to greedy."""
+    """llama-cpp-python's high-level class: `create_completion`, streamed, as its users call it."""
 
     def __init__(self, path: Path, context: int, threads: int) -> None:
         import llama_cpp
@@ -143,13 +147,36 @@ class _LlamaCppPython:
         if fresh:
             self._llama.reset()
         started = time.perf_counter()
+        times = self._times(tokens, num_new)
+        each = (times[-1] - times[0]) * 1000 / (num_new - 1) if num_new > 1 else 0.0
+        return Run((times[0] - started) * 1000, each, len(times))
+
+    def _times(self, tokens: list[int], num_new: int) -> list[float]:
+        """When each token came."""
+        end_of_text = {self._llama.token_eos(): -100.0}
+        chunks = self._llama.create_completion(
+            tokens,
+            max_tokens=num_new,
+            temperature=0.0,
+            repeat_penalty=1.0,
+            logit_bias=end_of_text,
+            stream=True,
+        )
+        times = [time.perf_counter() for _ in chunks]
+        # Its last chunk brings the finish reason alone.
+        return times[:num_new]
+
+
+class _LlamaCppPythonLoop(_LlamaCppPython):
+    """Its bare token loop: no text, no stop rules; the same native library as albor's."""
+
+    def _times(self, tokens: list[int], num_new: int) -> list[float]:
         times = []
         for _ in self._llama.generate(tokens, temp=0.0, top_k=1, repeat_penalty=1.0):
             times.append(time.perf_counter())
             if len(times) == num_new:
                 break
-        each = (times[-1] - times[0]) * 1000 / (num_new - 1) if num_new > 1 else 0.0
-        return Run((times[0] - started) * 1000, each, num_new)
+        return times
 
 
 class _LlamaServer:
@@ -183,6 +210,7 @@ KINDS: dict[str, Callable[[Path, int, int], Measured]] = {
     "albor+drafts": lambda path, context, threads: _Albor(path, context, threads, True),
     "albor-backend": _Backend,
     "llama-cpp-python": _LlamaCppPython,
+    "llama-cpp-python-loop": _LlamaCppPythonLoop,
     "llama-server": _LlamaServer,
 }
 """What can be measured, by name."""
@@ -210,6 +238,8 @@ def _answer(measured: Measured, command: dict[str, Any]) -> dict[str, Any]:
             )
         case "rows" if isinstance(measured, _Backend):
             return {"rows": measured.rows(command["counts"], command["context_len"])}
+        case "tokenize" if isinstance(measured, _Backend):
+            return {"tokens": measured.tokenize(command["text"])}
         case "address" if isinstance(measured, _LlamaServer):
             return {"address": measured.address}
     raise ConfigError(f"unknown measurement {command['what']!r}")
