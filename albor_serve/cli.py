@@ -96,6 +96,8 @@ def _serve(arguments: list[str]) -> int:
             hosts = _allowed_hosts(options.host)
             app = create_app(served, AppSettings(allowed_hosts=hosts))
             address = f"http://{_as_url_host(options.host)}:{sock.getsockname()[1]}"
+            # From here on connections queue up, so that what the greeting says is true.
+            sock.listen()
             _greet(served, loaded, address, time.perf_counter() - started, first_token_ms)
             serve(app, sock, log_level=options.log_level)
         finally:

@@ -25,7 +25,11 @@ from torch.nn import functional
 from albor_serve.config import ModelConfig, RopeConfig
 from albor_serve.errors import CheckpointError
 
-__all__ = ["Decoder", "KVCache", "load_decoder", "rope_frequencies"]
+__all__ = ["Attend", "Decoder", "KVCache", "load_decoder", "rope_frequencies"]
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Rotated queries [B, H, T, D], keys and values [B, H_kv, S, D] (S counts what the cache holds)
+to [B, H, T, D]."""
 
 
 @dataclass
@@ -152,7 +156,13 @@ class Attention(nn.Module):  # type: ignore[misc]
         self.qk_norm = config.qk_norm
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache | None,
+        layer: int,
+        attend: Attend | None = None,
     ) -> Tensor:
         """[B, T, d] to the same shape. With a cache, writes its rows from cache.length on."""
         batch, num_tokens, _ = x.shape
@@ -174,17 +184,20 @@ class Attention(nn.Module):  # type: ignore[misc]
             cache.values[layer][:, :, cache.length : end] = v
             k = cache.keys[layer][:, :, :end]
             v = cache.values[layer][:, :, :end]
-            if num_tokens > 1:
+            if num_tokens > 1 and attend is None:
                 row = torch.arange(cache.length, end, device=x.device)
                 mask = torch.arange(end, device=x.device)[None, :] <= row[:, None]
-        out = functional.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=cache is None,
-            enable_gqa=self.num_heads != self.num_kv_heads,
-        )
+        if attend is not None:
+            out = attend(q, k, v)
+        else:
+            out = functional.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=cache is None,
+                enable_gqa=self.num_heads != self.num_kv_heads,
+            )
         return self.o_proj(out.transpose(1, 2).reshape(batch, num_tokens, -1))
 
 
@@ -213,10 +226,16 @@ class Block(nn.Module):  # type: ignore[misc]
         self.mlp = FeedForward(config)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache | None,
+        layer: int,
+        attend: Attend | None = None,
     ) -> Tensor:
         """[B, T, d] to the same shape."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, layer)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, layer, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -263,6 +282,7 @@ class Decoder(nn.Module):  # type: ignore[misc]
         positions: Tensor | None = None,
         cache: KVCache | None = None,
         before_layer: Callable[[], None] | None = None,
+        attend: Attend | None = None,
     ) -> Tensor:
         """Final hidden states, normalised: what the output head reads.
 
@@ -273,6 +293,8 @@ class Decoder(nn.Module):  # type: ignore[misc]
                 `tokens` only.
             before_layer: called before each layer. What it raises ends the call, and the cache
                 then holds what it held before.
+            attend: computes attention instead of plain causal attention, for masks of other
+                shapes (documents of a training row, padded batches).
 
         Returns:
             [B, T, d] in the parameters' dtype.
@@ -287,7 +309,7 @@ class Decoder(nn.Module):  # type: ignore[misc]
         for index, layer in enumerate(self.model.layers):
             if before_layer is not None:
                 before_layer()
-            x = layer(x, cos, sin, cache, index)
+            x = layer(x, cos, sin, cache, index, attend)
         if cache is not None:
             cache.length = start + tokens.shape[1]
         return self.model.norm(x)

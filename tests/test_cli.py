@@ -87,6 +87,14 @@ def test_serves_a_file_until_a_signal_and_exits_0(
     assert (code, errors) == (0, "")
 
 
+def test_the_address_answers_as_soon_as_it_is_printed(gguf: Path, servers: list[Server]) -> None:
+    for _ in range(3):
+        server = Server(gguf)
+        host, _, port = server.url.removeprefix("http://").partition(":")
+        servers.append(server)
+        socket.create_connection((host, int(port)), timeout=5).close()
+
+
 def test_the_example_in_the_greeting_works(gguf: Path, servers: list[Server]) -> None:
     server = Server(gguf)
     servers.append(server)

@@ -101,8 +101,8 @@ def write_gguf(
         importance: what calibration found, by Hugging Face name, for q4_0: for each matrix
             either the second moments of its inputs, [cols, cols] (quantize_q4_0_calibrated), or
             only their mean squares, [cols] (quantize_q4_0). Matrices without are rounded alike.
-        general: more metadata, such as {"license": "apache-2.0", "author": ...}; the keys get the
-            prefix "general.".
+        general: more metadata, such as {"license": "apache-2.0", "author": ...}; keys
+            without a dot get the prefix "general.".
 
     Raises:
         CheckpointError: reading or writing failed. CheckpointFormatError: damaged weights.
@@ -275,7 +275,7 @@ def _add_metadata(
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
     for key, value in general.items():
-        writer.add_string(f"general.{key}", value)
+        writer.add_string(key if "." in key else f"general.{key}", value)
     writer.add_file_type(_FILE_TYPES[quant])
     writer.add_quantization_version(_QUANTIZATION_VERSION)
     writer.add_vocab_size(config.vocab_size)

@@ -1,0 +1,1 @@
+"""Measure a model: held-out text, infilling, and programs that are run."""

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from albor_train.artefact import Artefact
+from albor_train.errors import TrainingError
+from albor_train.ladder import prepare
+from albor_train.runs import read_log
+from albor_train.spec import load_spec
+from albor_train.world import proportional_shares
+from tests.train.fixtures_train import write_tiny_spec
+
+ROOT = Path(__file__).parents[2]
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=8), st.integers(0, 200))
+def test_shares_add_up_and_follow_speed(speeds: list[float], extra: int) -> None:
+    total = len(speeds) + extra
+    shares = proportional_shares(total, speeds)
+    assert sum(shares) == total
+    assert min(shares) >= 1
+    for a, fast in zip(shares, speeds, strict=True):
+        for b, slow in zip(shares, speeds, strict=True):
+            assert fast <= slow or a >= b
+
+
+def test_shares_of_unequal_devices() -> None:
+    assert proportional_shares(12, [3.0, 1.0]) == [9, 3] or proportional_shares(12, [3.0, 1.0]) == [
+        8,
+        4,
+    ]
+    with pytest.raises(TrainingError, match="lower"):
+        proportional_shares(1, [1.0, 1.0])
+
+
+def run_training(folder: Path, tokens: Artefact, out: Path, processes: int) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={processes}", "-m", "albor_train", "train"]
+    command += [str(folder / "spec.yaml"), "--work", str(folder / "work"), "--jobs", "1"]
+    command += ["--tokens", str(tokens.folder), "--out", str(out), "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
+    """Real processes over gloo; the trainer itself refuses to save if their weights differ."""
+    spec = load_spec(write_tiny_spec(tmp_path))
+    _, tokens = prepare(spec, tmp_path / "work")
+    for processes in (1, 2):
+        run_training(tmp_path, tokens, tmp_path / f"run{processes}", processes)
+    one, two = (
+        load_file(tmp_path / f"run{n}/checkpoints/step-000020/model.safetensors") for n in (1, 2)
+    )
+    for name, tensor in one.items():
+        assert float((tensor - two[name]).abs().max()) < 1e-4, name
+    losses = [
+        [line["loss"] for line in read_log(tmp_path / f"run{n}/log.jsonl") if "loss" in line]
+        for n in (1, 2)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
