@@ -7,6 +7,7 @@ next request computes nothing (`Peer.cpu_seconds` shows whether that is so).
 from __future__ import annotations
 
 import abc
+import contextlib
 import http.client
 import importlib.util
 import json
@@ -171,7 +172,9 @@ class _Process:
         self.child.wait()
         for pipe in (self.child.stdin, self.child.stdout):
             if pipe is not None:
-                pipe.close()
+                # Closing flushes what a dead child did not read.
+                with contextlib.suppress(OSError):
+                    pipe.close()
         self._log.close()
 
 
