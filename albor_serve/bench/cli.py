@@ -21,8 +21,9 @@ examples:
   albor-bench perplexity a.gguf b.gguf --text src/*.py
   albor-bench infill --data HumanEval-SingleLineInfilling.jsonl.gz --every 10
 
-Peers: llama-server, llama-cpp-python (as its users call it), llama-cpp-python-loop (its token
-loop alone, on the same native library as albor's).
+Peers: llama-server (as its users start it), llama-server-noflash (without flash attention, which
+slows decoding on CPUs; albor does without it, too), llama-cpp-python (as its users call it),
+llama-cpp-python-loop (its token loop alone, on the same native library as albor's).
 The peers llama-server and matplotlib come with: pip install 'albor[bench]'
 Close other programs first: engines whose threads wait for each other suffer most.
 """
@@ -130,11 +131,11 @@ def _decode(options: argparse.Namespace) -> int:
 
 def _chosen_kinds(options: argparse.Namespace) -> tuple[str, ...]:
     """Names of the engines to measure, albor first."""
-    from albor_serve.bench.peers import HTTP_SUFFIX, PEERS, available_peers
+    from albor_serve.bench.peers import HTTP_SUFFIX, NO_FLASH, PEERS, available_peers
 
     available = set(available_peers())
     if options.llama_server is not None:
-        available.add("llama-server")
+        available |= {"llama-server", NO_FLASH}
     if options.peers is None:
         peers = tuple(peer for peer in PEERS if peer in available)
         for peer in PEERS:
@@ -149,7 +150,7 @@ def _chosen_kinds(options: argparse.Namespace) -> tuple[str, ...]:
             raise ConfigError(f"the peer {peer} is not installed: {PEER_HINT}")
     kinds = ("albor", "albor+drafts", *peers)
     if options.http:
-        asked = [kind for kind in ("albor", "llama-server") if kind in kinds]
+        asked = [kind for kind in ("albor", "llama-server", NO_FLASH) if kind in kinds]
         kinds += tuple(kind + HTTP_SUFFIX for kind in asked)
     return kinds
 

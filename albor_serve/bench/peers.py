@@ -27,6 +27,7 @@ from albor_serve.errors import BackendError, ConfigError
 
 __all__ = [
     "HTTP_SUFFIX",
+    "NO_FLASH",
     "PEERS",
     "AlborServer",
     "LlamaServer",
@@ -39,8 +40,10 @@ __all__ = [
     "stream_completion",
 ]
 
-PEERS: Final = ("llama-server", "llama-cpp-python", "llama-cpp-python-loop")
-"""What albor is compared with."""
+NO_FLASH: Final = "llama-server-noflash"
+PEERS: Final = ("llama-server", NO_FLASH, "llama-cpp-python", "llama-cpp-python-loop")
+"""What albor is compared with. llama-server runs as its users start it, with flash attention,
+and once more without, as albor and llama-cpp-python run."""
 HTTP_SUFFIX: Final = "+http"
 """Ends the names of engines that are asked over HTTP and timed by the client."""
 START_S: Final = 120.0
@@ -74,7 +77,7 @@ class Run:
 def available_peers() -> tuple[str, ...]:
     """The peers whose packages are installed."""
     has_server = importlib.util.find_spec("xllamacpp") is not None
-    return PEERS if has_server else PEERS[1:]
+    return tuple(peer for peer in PEERS if has_server or not peer.startswith("llama-server"))
 
 
 class Peer(abc.ABC):
@@ -320,8 +323,8 @@ class AlborServer(_Http):
 class LlamaServer(_Http):
     """A llama-server program, or the one that a worker holds.
 
-    The kind "llama-server+http" takes the client's clock, "llama-server" the server's own times,
-    which are the more favourable ones.
+    A kind with "+http" takes the client's clock, one without the server's own times, which are
+    the more favourable ones.
     """
 
     def __init__(self, kind: str, path: Path, options: PeerOptions) -> None:
@@ -331,14 +334,15 @@ class LlamaServer(_Http):
         started = time.perf_counter()
         try:
             if options.llama_server is None:
-                self._worker = Worker("llama-server", path, options)
+                self._worker = Worker(kind.removesuffix(HTTP_SUFFIX), path, options)
                 self.address = self._worker.address()
                 self.build = self._worker.build
             else:
                 self.address = f"127.0.0.1:{_free_port()}"
-                self._process = _Process(
-                    _server_command(options.llama_server, path, options, self.address)
-                )
+                command = _server_command(options.llama_server, path, options, self.address)
+                if kind.startswith(NO_FLASH):
+                    command += ["--flash-attn", "off"]
+                self._process = _Process(command)
                 self._wait_until_ready(self._process)
         except BaseException:
             self.close()
@@ -370,9 +374,8 @@ def open_peer(kind: str, path: Path, options: PeerOptions) -> Peer:
     """Start one engine on one GGUF file."""
     if kind == "albor" + HTTP_SUFFIX:
         return AlborServer(kind, path, options)
-    if kind == "llama-server" + HTTP_SUFFIX:
-        return LlamaServer(kind, path, options)
-    if kind == "llama-server" and options.llama_server is not None:
+    asks_over_http = kind.endswith(HTTP_SUFFIX) or options.llama_server is not None
+    if kind.startswith("llama-server") and asks_over_http:
         return LlamaServer(kind, path, options)
     return Worker(kind, path, options)
 
@@ -435,8 +438,9 @@ def llama_completion(address: str, tokens: Sequence[int], num_new: int, fresh: b
     body = {
         "prompt": list(tokens),
         "n_predict": num_new,
+        # Its own samplers: without any it draws from the whole vocabulary, which takes as long
+        # as the model.
         "temperature": 0,
-        "samplers": [],
         "ignore_eos": True,
         "cache_prompt": not fresh,
     }

@@ -57,7 +57,8 @@ def print_decode(
             "1 new token ms",
             "memory MB",
         ):
-            table.add_column(heading, justify="left" if heading == "engine" else "right")
+            name = heading == "engine"
+            table.add_column(heading, justify="left" if name else "right", no_wrap=name)
         for engine in model.engines:
             table.add_row(*_cells(engine, model.ours(engine.kind), model.floor_ms(machine)))
         console.print(table)

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from albor_serve.bench.peers import Run, llama_completion
+from albor_serve.bench.peers import NO_FLASH, Run, llama_completion
 from albor_serve.config import EngineConfig, SamplingParams
 from albor_serve.errors import ConfigError
 from albor_serve.sequence import Delta, Event, Failed, Finished, GenerateRequest
@@ -182,7 +182,7 @@ class _LlamaCppPythonLoop(_LlamaCppPython):
 class _LlamaServer:
     """llama-server inside this process (PyPI xllamacpp), asked over loopback HTTP."""
 
-    def __init__(self, path: Path, context: int, threads: int) -> None:
+    def __init__(self, path: Path, context: int, threads: int, has_flash: bool) -> None:
         try:
             import xllamacpp
         except ImportError as error:
@@ -195,6 +195,9 @@ class _LlamaServer:
         params.n_parallel = 1
         params.cpuparams.n_threads = threads
         params.cpuparams_batch.n_threads = threads
+        if not has_flash:
+            flash = xllamacpp.llama_flash_attn_type
+            params.flash_attn_type = flash.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.ui = False
         params.verbosity = -1
         self._server = xllamacpp.Server(params)
@@ -211,7 +214,8 @@ KINDS: dict[str, Callable[[Path, int, int], Measured]] = {
     "albor-backend": _Backend,
     "llama-cpp-python": _LlamaCppPython,
     "llama-cpp-python-loop": _LlamaCppPythonLoop,
-    "llama-server": _LlamaServer,
+    "llama-server": lambda path, context, threads: _LlamaServer(path, context, threads, True),
+    NO_FLASH: lambda path, context, threads: _LlamaServer(path, context, threads, False),
 }
 """What can be measured, by name."""
 
@@ -247,7 +251,7 @@ def _answer(measured: Measured, command: dict[str, Any]) -> dict[str, Any]:
 
 def _build(kind: str) -> str:
     """Instruction sets that this engine's llama.cpp was compiled for."""
-    if kind == "llama-server":
+    if kind.startswith("llama-server"):
         import xllamacpp
 
         text = xllamacpp.get_system_info()

@@ -15,6 +15,7 @@ import pytest
 from albor_serve.backends.thread_governor import CpuTimes
 from albor_serve.bench.load import LoadMeter
 from albor_serve.bench.peers import (
+    NO_FLASH,
     AlborServer,
     LlamaServer,
     Peer,
@@ -185,23 +186,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
 arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 assert arguments["--ctx-size"] == "128" and arguments["--threads"] == "1"
 assert arguments["--parallel"] == "1"
+assert arguments.get("--flash-attn") == {flash}
 http.server.HTTPServer(("127.0.0.1", int(arguments["--port"])), Handler).serve_forever()
 """
 
 
-def program(folder: Path, text: str) -> Path:
+def program(folder: Path, text: str, flash: str | None = None) -> Path:
     path = folder / "llama-server"
-    path.write_text(text.format(python=sys.executable))
+    path.write_text(text.format(python=sys.executable, flash=repr(flash)))
     path.chmod(0o755)
     return path
 
 
+@pytest.mark.parametrize(("kind", "flash"), [("llama-server", None), (NO_FLASH, "off")])
 def test_a_program_of_ones_own_is_started_and_asked_for_its_own_times(
-    gguf: Path, tmp_path: Path
+    kind: str, flash: str | None, gguf: Path, tmp_path: Path
 ) -> None:
-    path = program(tmp_path, FAKE_LLAMA_SERVER)
+    path = program(tmp_path, FAKE_LLAMA_SERVER, flash)
     options = PeerOptions(128, 1, llama_server=path)
-    with open_peer("llama-server", gguf, options) as peer:
+    with open_peer(kind, gguf, options) as peer:
         assert isinstance(peer, LlamaServer)
         assert peer.generate(TOKENS, 5, fresh=True) == Run(7.0, 5.0, 5)
         pid = peer.pid
@@ -221,9 +224,10 @@ def test_kinds_open_what_their_names_say(gguf: Path) -> None:
         assert isinstance(peer, AlborServer)
 
 
-def test_llama_server_inside_the_package_answers_over_http(gguf: Path) -> None:
+@pytest.mark.parametrize("kind", ["llama-server", NO_FLASH, "llama-server+http"])
+def test_llama_server_inside_the_package_answers(kind: str, gguf: Path) -> None:
     pytest.importorskip("xllamacpp")
-    with open_peer("llama-server+http", gguf, OPTIONS) as peer:
+    with open_peer(kind, gguf, OPTIONS) as peer:
         assert peer.generate(TOKENS, 6, fresh=True).num_tokens == 6
         assert peer.generate(TOKENS, 6, fresh=False).num_tokens == 6
         assert "AVX" in peer.build or "NEON" in peer.build
