@@ -147,19 +147,21 @@ def plot_decode(path: Path, machine: Machine, models: Sequence[ModelFigures]) ->
         raise ConfigError(
             "--plot needs matplotlib: pip install 'albor[bench]', or leave it out"
         ) from error
+    num_bars = max(len(model.engines) for model in models)
     figure, axes = pyplot.subplots(
-        1, len(models), figsize=(3.2 * len(models) + 1, 3.6), squeeze=False
+        1, len(models), figsize=(4.2 * len(models) + 0.4, 0.3 * num_bars + 1.4), squeeze=False
     )
     for axis, model in zip(axes[0], models, strict=True):
         names = [engine.kind for engine in model.engines]
         stats = [engine.decode_ms for engine in model.engines]
         spread = [[s.median - s.low for s in stats], [s.high - s.median for s in stats]]
         colours = ["#2a7f62" if name.startswith(OURS) else "#9aa5ab" for name in names]
-        axis.bar(names, [s.median for s in stats], yerr=spread, color=colours, capsize=3)
-        axis.axhline(model.floor_ms(machine), color="#c0392b", linewidth=1, linestyle="--")
-        axis.set_title(f"{model.name} Q4_0", fontsize=10)
-        axis.set_ylabel("ms per token")
-        axis.tick_params(axis="x", labelrotation=35, labelsize=8)
+        axis.barh(names, [s.median for s in stats], xerr=spread, color=colours, capsize=3)
+        axis.axvline(model.floor_ms(machine), color="#c0392b", linewidth=1, linestyle="--")
+        axis.invert_yaxis()
+        axis.set_title(model.name, fontsize=10)
+        axis.set_xlabel("ms per token")
+        axis.tick_params(axis="y", labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle("dashed: weights read once at the measured bandwidth", fontsize=8)
     figure.tight_layout()
