@@ -97,6 +97,7 @@ def _decode(options: argparse.Namespace) -> int:
     from albor_serve.backends.llamacpp_native import num_physical_cores
     from albor_serve.bench.decode import DecodeSettings, measure_model
     from albor_serve.bench.machine import describe_machine
+    from albor_serve.bench.peers import PEERS
     from albor_serve.bench.report import decode_json, plot_decode, print_decode, write_text
 
     for name, low in (("prompt_len", 2), ("new", 2), ("repeats", 1)):
@@ -112,6 +113,11 @@ def _decode(options: argparse.Namespace) -> int:
         command=options.command,
     )
     models = _chosen_models(options)
+    # After all that can be wrong with the arguments: an error is one line.
+    if options.peers is None:
+        for peer in PEERS:
+            if peer not in settings.kinds:
+                print(f"left out: {peer}; {PEER_HINT}", file=sys.stderr)
     console = Console(width=None if sys.stdout.isatty() else 140)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("measuring the machine", total=1.0)
@@ -138,9 +144,6 @@ def _chosen_kinds(options: argparse.Namespace) -> tuple[str, ...]:
         available |= {"llama-server", NO_FLASH}
     if options.peers is None:
         peers = tuple(peer for peer in PEERS if peer in available)
-        for peer in PEERS:
-            if peer not in available:
-                print(f"left out: {peer}; {PEER_HINT}", file=sys.stderr)
     else:
         peers = () if options.peers == "none" else tuple(dict.fromkeys(options.peers.split(",")))
     for peer in peers:
