@@ -40,7 +40,7 @@ __all__ = [
     "shape_problem",
 ]
 
-InstructionSet = Literal["avx512", "avx2"]
+InstructionSet = Literal["avx512", "avxvnni", "avx2"]
 IntArray = npt.NDArray[np.int32]
 
 MATRICES: Final = (
@@ -60,6 +60,7 @@ _VERSION: Final = 1
 _BITS: Final = {"Q4_0": 4, "Q8_0": 8}
 _NEEDED: Final[dict[InstructionSet, frozenset[str]]] = {
     "avx512": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "f16c"}),
+    "avxvnni": frozenset({"avx2", "avx_vnni", "f16c", "fma"}),
     "avx2": frozenset({"avx2", "f16c", "fma"}),
 }
 
