@@ -107,6 +107,7 @@ def _start(
         max_seq_len=options.ctx,
         num_threads=options.threads,
         speculate=not options.no_speculation,
+        backend=options.backend,
     )
     with _ProgressLine(stop) as progress:
         loaded = load_model(options.model, chosen, progress.show)
@@ -173,6 +174,13 @@ def _serve_parser() -> argparse.ArgumentParser:
         type=int,
         default=None,
         help="fixed number of threads (the cores that other programs leave free)",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=("auto", "cpu", "llamacpp"),
+        default="auto",
+        help="who computes: cpu is albor's own kernels (Q4_0 and Q8_0 of Llama, Qwen2 and Qwen3), "
+        "llamacpp runs everything else (auto: the first where it can)",
     )
     parser.add_argument(
         "--alias",

@@ -112,6 +112,7 @@ class CpuBackend:
         *,
         max_batch_len: int = MAX_BATCH_LEN,
         instruction_set: InstructionSet | None = None,
+        on_close: Callable[[], None] | None = None,
     ) -> None:
         """Load a model for which `unsupported` gives None.
 
@@ -124,6 +125,7 @@ class CpuBackend:
             progress: called with 0.0 to 1.0 while the weights are read.
             max_batch_len: most tokens in one `extend`.
             instruction_set: None takes the best that this processor has.
+            on_close: called once when the backend is closed, to free what belongs to it.
 
         Raises:
             BackendError: not enough memory or no kernels. ConfigError: a number out of range.
@@ -138,6 +140,9 @@ class CpuBackend:
             if not 1 <= value <= high:
                 raise ConfigError(f"{name} is {value}: it must be a whole number, 1 to {high}")
         config = checkpoint.config
+        problem = shape_problem(config)
+        if problem is not None:
+            raise BackendError(f"albor's CPU kernels can't run this model: {problem}")
         kv_bytes = 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim
         available = native.available_memory_bytes()
         if available is not None and kv_bytes * num_slots * max_seq_len > available:
@@ -164,6 +169,7 @@ class CpuBackend:
             instruction_set=chosen,
             progress=progress,
         )
+        self._on_close = on_close
         self._abort = _AbortByte()
         self._lengths = [0] * num_slots
         plural = "s" if self._num_threads != 1 else ""
@@ -252,6 +258,8 @@ class CpuBackend:
         decoder, self._decoder = self._decoder, None
         if decoder is not None:
             decoder.close()
+            if self._on_close is not None:
+                self._on_close()
 
     def _open(self) -> CpuDecoder:
         if self._decoder is None:
@@ -285,5 +293,3 @@ def _matrix(checkpoint: Checkpoint, name: str) -> PackedMatrix:
         # llama.cpp's own quantizer keeps these in Q6_K; 8 bits lose nothing that could be seen.
         return PackedMatrix("Q8_0", rows, cols, quantize_q8_0(checkpoint.read(name)))
     return PackedMatrix(stored.format, rows, cols, stored.data)
-
-

@@ -37,12 +37,12 @@ class _Albor:
 
     def __init__(self, path: Path, context: int, threads: int, speculate: bool) -> None:
         from albor_serve.backends.calibrate import calibrate
-        from albor_serve.backends.llamacpp import LlamaCppBackend
         from albor_serve.engine import Engine
+        from albor_serve.loader import open_backend
 
         config = EngineConfig(num_slots=1, max_seq_len=context, speculate=speculate)
-        self._backend = LlamaCppBackend.load(path, 1, context, num_threads=threads)
-        self._engine = Engine(self._backend, self._backend.tokenizer, config, calibrate)
+        opened = open_backend(path, 1, context, num_threads=threads)
+        self._engine = Engine(opened.backend, opened.tokenizer, config, calibrate)
         self._engine.start()
 
     def generate(self, tokens: list[int], num_new: int, *, fresh: bool) -> Run:
@@ -81,9 +81,10 @@ class _Backend:
     """albor's CPU backend alone, without the engine."""
 
     def __init__(self, path: Path, context: int, threads: int) -> None:
-        from albor_serve.backends.llamacpp import LlamaCppBackend
+        from albor_serve.loader import open_backend
 
-        self._backend = LlamaCppBackend.load(path, 1, context, num_threads=threads)
+        opened = open_backend(path, 1, context, num_threads=threads)
+        self._backend, self._tokenizer = opened.backend, opened.tokenizer
 
     def generate(self, tokens: list[int], num_new: int, *, fresh: bool) -> Run:
         from albor_serve.backends.base import ExtendStep
@@ -105,7 +106,7 @@ class _Backend:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text."""
-        return self._backend.tokenizer.encode(text)
+        return self._tokenizer.encode(text)
 
     def rows(self, counts: list[int], context_len: int) -> dict[int, float]:
         """Milliseconds of one step with so many rows: median of 5."""

@@ -334,7 +334,7 @@ class CpuDecoder:
             self._lib.albor_cpu_free(model)
 
 
-def _rounded(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _rounded(x: Any) -> Any:
     """Each vector in 8 bits with a scale for every 32 numbers."""
     groups = x.astype(np.float32).reshape(*x.shape[:-1], -1, 32)
     scale = np.abs(groups).max(-1, keepdims=True) / np.float32(127)
