@@ -19,7 +19,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from albor_serve import __version__
 from albor_serve.api.completion import Completion, Job, ServedModel, plan_jobs
 from albor_serve.api.errors import PayloadTooLargeError, error_response
-from albor_serve.api.openai import CompletionStream, completion_body, model_body, models_body
+from albor_serve.api.openai import (
+    CompletionStream,
+    completion_body,
+    completion_spec,
+    model_body,
+    models_body,
+)
 from albor_serve.api.schemas import CompletionBody, parse_completion, parse_json
 from albor_serve.config import SamplingParams
 from albor_serve.errors import AlborError, BackendError, RequestError, UnknownModelError
@@ -95,10 +101,11 @@ class _App:
         body = parse_completion(parse_json(data))
         if not self._served.answers_to(body.model):
             raise _unknown_model(self._served)
+        spec = completion_spec(body)
         if len(data) > LARGE_BODY_BYTES:
-            jobs = await asyncio.to_thread(plan_jobs, self._served, body)
+            jobs = await asyncio.to_thread(plan_jobs, self._served, spec)
         else:
-            jobs = plan_jobs(self._served, body)
+            jobs = plan_jobs(self._served, spec)
         completion = Completion(self._served.engine, jobs)
         if body.stream:
             stream = CompletionStream(self._served, body, completion)

@@ -11,15 +11,15 @@ import codecs
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from albor_serve.api.bridge import EventBridge
 from albor_serve.api.errors import SupersededError
-from albor_serve.api.schemas import CompletionBody, Prompt
+from albor_serve.api.schemas import AlborOptions, Prompt
 from albor_serve.config import SamplingParams
 from albor_serve.engine import Engine, Ticket
 from albor_serve.errors import AlborError, EngineClosedError, PromptTooLongError, RequestError
-from albor_serve.fim import FimTemplate, build_fim_prompt
+from albor_serve.fim import FimPrompt, FimTemplate, build_fim_prompt
 from albor_serve.sequence import (
     Delta,
     Event,
@@ -31,7 +31,7 @@ from albor_serve.sequence import (
     TokenInfo,
 )
 
-__all__ = ["Answer", "Completion", "Job", "ServedModel", "Update", "plan_jobs"]
+__all__ = ["Answer", "Completion", "CompletionSpec", "Job", "ServedModel", "Update", "plan_jobs"]
 
 MAX_JOBS = 64
 """Answers that one request may ask for, over all its prompts; an empty queue takes as many."""
@@ -65,7 +65,32 @@ class Job:
     wants_logprobs: bool = False
 
 
-def plan_jobs(served: ServedModel, body: CompletionBody) -> list[Job]:
+@dataclass(frozen=True, slots=True)
+class CompletionSpec:
+    """What a caller wants, whatever dialect it was asked in; checked by that dialect."""
+
+    prompts: tuple[Prompt, ...]
+    max_new_tokens: int = 16
+    """0 only computes the prompts into the cache."""
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    """Of the first candidate; each further one adds 1 to the seed, if there is one."""
+    fim_suffix: str | None = None
+    """Text after the cursor: the only prompt is then the text before it."""
+    fits_window: bool = False
+    """Whether code that is too long for the context may be cut at the far ends; otherwise it is
+    an error. For fill-in-the-middle alone."""
+    num_candidates: int = 1
+    """Answers computed for each prompt."""
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    echo: bool = False
+    """Put the prompt before the answer, and report its log-probabilities if any are wanted."""
+    wants_logprobs: bool = False
+    """Whether the caller sees log-probabilities; `sampling` asks for them also to rank answers."""
+    options: AlborOptions = field(default_factory=AlborOptions)
+
+
+def plan_jobs(served: ServedModel, spec: CompletionSpec) -> list[Job]:
     """One job for each candidate answer, prompts in order.
 
     Tokenizes, so a large body takes milliseconds: run it in a thread then.
@@ -73,42 +98,41 @@ def plan_jobs(served: ServedModel, body: CompletionBody) -> list[Job]:
     Raises:
         RequestError: the model can't fill in, a prompt is empty or does not fit.
     """
-    prompts = body.prompts()
-    if body.suffix is not None and len(prompts) > 1:
+    prompts = spec.prompts
+    if spec.fim_suffix is not None and len(prompts) > 1:
         raise RequestError("suffix needs exactly one prompt", param="suffix")
-    num_jobs = len(prompts) * body.num_candidates
+    num_jobs = len(prompts) * spec.num_candidates
     if num_jobs > MAX_JOBS:
         raise RequestError(
-            f"{len(prompts)} prompts with {body.num_candidates} answers each make {num_jobs} "
+            f"{len(prompts)} prompts with {spec.num_candidates} answers each make {num_jobs} "
             f"answers, but one request may ask for {MAX_JOBS}: send several requests",
             param="n",
         )
     group = secrets.token_hex(8)
-    stops = body.stops()
+    options = spec.options
     jobs = []
     for prompt_index, prompt in enumerate(prompts):
-        tokens, forced, echo = _prompt_tokens(served, body, prompt)
-        max_new = 16 if body.max_tokens is None else body.max_tokens
-        for candidate in range(body.num_candidates):
+        tokens, forced, echo = _prompt_tokens(served, spec, prompt)
+        for candidate in range(spec.num_candidates):
             request = GenerateRequest(
                 prompt=tokens,
-                max_new_tokens=max_new,
-                sampling=_sampling(body, candidate),
-                stop=stops,
-                ignore_eos=bool(body.ignore_eos),
+                max_new_tokens=spec.max_new_tokens,
+                sampling=_with_seed(spec.sampling, candidate),
+                stop=spec.stop,
+                ignore_eos=spec.ignore_eos,
                 forced_bytes=forced,
-                session=body.albor.session if body.albor else None,
+                session=options.session,
                 group=group,
-                deadline_ms=body.albor.deadline_ms if body.albor else None,
-                priority=body.albor.priority if body.albor else "interactive",
-                prompt_logprobs=bool(body.echo) and body.logprobs is not None,
+                deadline_ms=options.deadline_ms,
+                priority=options.priority,
+                prompt_logprobs=spec.echo and spec.wants_logprobs,
             )
-            jobs.append(Job(request, prompt_index, echo, body.logprobs is not None))
+            jobs.append(Job(request, prompt_index, echo, spec.wants_logprobs))
     return jobs
 
 
 def _prompt_tokens(
-    served: ServedModel, body: CompletionBody, prompt: Prompt
+    served: ServedModel, spec: CompletionSpec, prompt: Prompt
 ) -> tuple[tuple[int, ...], bytes, str]:
     """(tokens, forced bytes, text to echo) of one prompt."""
     tokenizer = served.engine.tokenizer
@@ -118,27 +142,13 @@ def _prompt_tokens(
             f"{tokenizer.vocab_size - 1}",
             param="prompt",
         )
-    if body.suffix is not None:
-        if served.template is None:
-            raise RequestError(
-                f"the model {served.name} was not trained to fill in the middle: leave out "
-                f"suffix, or serve a model with FIM tokens such as the embedded one",
-                param="suffix",
-                code="fim_unsupported",
-            )
+    if spec.fim_suffix is not None:
         text = (
             prompt
             if isinstance(prompt, str)
             else tokenizer.decode(prompt).decode("utf-8", "replace")
         )
-        max_seq_len = served.engine.max_seq_len
-        fim = build_fim_prompt(
-            served.template, tokenizer, text, body.suffix, max_prompt_len=max_seq_len - 1
-        )
-        if fim.num_prefix_dropped or fim.num_suffix_dropped:
-            # Never cut silently: the caller has to know what the model did not see.
-            code_len = len(tokenizer.encode(text)) + len(tokenizer.encode(body.suffix))
-            raise PromptTooLongError(code_len + len(served.template.spellings), max_seq_len)
+        fim = _fim_prompt(served, text, spec.fim_suffix, fits_window=spec.fits_window)
         return fim.tokens, fim.forced_bytes, ""
     if isinstance(prompt, str):
         ids = tuple(tokenizer.encode(prompt, parse_special=True))
@@ -146,26 +156,35 @@ def _prompt_tokens(
             ids = (tokenizer.bos_token_id, *ids)
         if not ids:
             raise RequestError("the prompt is empty: give at least one character", param="prompt")
-        return ids, b"", prompt if body.echo else ""
-    return prompt, b"", tokenizer.decode(prompt).decode("utf-8", "replace") if body.echo else ""
+        return ids, b"", prompt if spec.echo else ""
+    return prompt, b"", tokenizer.decode(prompt).decode("utf-8", "replace") if spec.echo else ""
 
 
-def _sampling(body: CompletionBody, candidate: int) -> SamplingParams:
-    num_logprobs = body.logprobs
-    if num_logprobs is None and body.num_candidates > body.num_choices:
-        num_logprobs = 0  # best_of ranks by them
-    return SamplingParams(
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_k=max(body.top_k or 0, 0),
-        top_p=1.0 if body.top_p is None else body.top_p,
-        min_p=body.min_p or 0.0,
-        repetition_penalty=body.repetition_penalty or 1.0,
-        presence_penalty=body.presence_penalty or 0.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
-        logit_bias=body.biases(),
-        seed=None if body.seed is None else (body.seed + candidate) % (1 << 64),
-        num_logprobs=num_logprobs,
+def _fim_prompt(served: ServedModel, prefix: str, suffix: str, *, fits_window: bool) -> FimPrompt:
+    """The prompt around the cursor; without `fits_window`, all of it or an error."""
+    tokenizer = served.engine.tokenizer
+    if served.template is None:
+        raise RequestError(
+            f"the model {served.name} was not trained to fill in the middle: leave out suffix, or "
+            f"serve a model with FIM tokens such as the embedded one",
+            param="suffix",
+            code="fim_unsupported",
+        )
+    max_seq_len = served.engine.max_seq_len
+    fim = build_fim_prompt(
+        served.template, tokenizer, prefix, suffix, max_prompt_len=max_seq_len - 1
     )
+    if (fim.num_prefix_dropped or fim.num_suffix_dropped) and not fits_window:
+        # Never cut silently: the caller has to know what the model did not see.
+        code_len = len(tokenizer.encode(prefix)) + len(tokenizer.encode(suffix))
+        raise PromptTooLongError(code_len + len(served.template.spellings), max_seq_len)
+    return fim
+
+
+def _with_seed(sampling: SamplingParams, candidate: int) -> SamplingParams:
+    if sampling.seed is None or candidate == 0:
+        return sampling
+    return replace(sampling, seed=(sampling.seed + candidate) % (1 << 64))
 
 
 @dataclass(slots=True)

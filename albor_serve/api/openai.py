@@ -8,13 +8,64 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from albor_serve.api.completion import Answer, Completion, ServedModel, TokenOffsets, Update
+from albor_serve.api.completion import (
+    Answer,
+    Completion,
+    CompletionSpec,
+    ServedModel,
+    TokenOffsets,
+    Update,
+)
 from albor_serve.api.errors import error_body
-from albor_serve.api.schemas import CompletionBody
+from albor_serve.api.schemas import AlborOptions, CompletionBody
+from albor_serve.config import SamplingParams
 from albor_serve.errors import AlborError
 from albor_serve.sequence import FinishReason, TokenInfo
 
-__all__ = ["CompletionStream", "completion_body", "model_body", "models_body"]
+__all__ = [
+    "CompletionStream",
+    "completion_body",
+    "completion_spec",
+    "model_body",
+    "models_body",
+]
+
+DEFAULT_MAX_TOKENS = 16
+
+
+def completion_spec(body: CompletionBody) -> CompletionSpec:
+    """What a checked body asks of the completion core.
+
+    Raises:
+        RequestError: prompt, stop or logit_bias is malformed.
+    """
+    num_logprobs = body.logprobs
+    if num_logprobs is None and body.num_candidates > body.num_choices:
+        num_logprobs = 0  # best_of ranks by them
+    sampling = SamplingParams(
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_k=max(body.top_k or 0, 0),
+        top_p=1.0 if body.top_p is None else body.top_p,
+        min_p=body.min_p or 0.0,
+        repetition_penalty=body.repetition_penalty or 1.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=body.biases(),
+        seed=body.seed,
+        num_logprobs=num_logprobs,
+    )
+    return CompletionSpec(
+        prompts=tuple(body.prompts()),
+        max_new_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+        sampling=sampling,
+        fim_suffix=body.suffix,
+        num_candidates=body.num_candidates,
+        stop=body.stops(),
+        ignore_eos=bool(body.ignore_eos),
+        echo=bool(body.echo),
+        wants_logprobs=body.logprobs is not None,
+        options=body.albor or AlborOptions(),
+    )
 
 
 def completion_body(
