@@ -23,11 +23,12 @@ from albor_serve.errors import AlborError
 from albor_serve.sequence import FinishReason, TokenInfo
 
 __all__ = [
-    "CompletionStream",
-    "completion_body",
+    "CompletionWriter",
     "completion_spec",
+    "finish_reason",
     "model_body",
     "models_body",
+    "usage_of",
 ]
 
 DEFAULT_MAX_TOKENS = 16
@@ -68,30 +69,8 @@ def completion_spec(body: CompletionBody) -> CompletionSpec:
     )
 
 
-def completion_body(
-    served: ServedModel, body: CompletionBody, completion: Completion
-) -> dict[str, Any]:
-    """The whole answer, once every job has ended."""
-    choices = []
-    for prompt_index, candidates in _by_prompt(completion.answers):
-        ranked = candidates
-        if body.num_candidates > body.num_choices:
-            ranked = sorted(candidates, key=lambda answer: -answer.mean_logprob)
-        for at, answer in enumerate(ranked[: body.num_choices]):
-            text = answer.job.echo + answer.text
-            choices.append(
-                {
-                    "index": prompt_index * body.num_choices + at,
-                    "text": text,
-                    "logprobs": _whole_logprobs(served, answer, text),
-                    "finish_reason": _finish_reason(answer.reason),
-                }
-            )
-    return {**_head(served), "choices": choices, "usage": _usage(completion.answers)}
-
-
-class CompletionStream:
-    """Server-sent events of one streamed answer."""
+class CompletionWriter:
+    """One answer of /v1/completions, whole or as server-sent events."""
 
     def __init__(self, served: ServedModel, body: CompletionBody, completion: Completion) -> None:
         self._served = served
@@ -103,6 +82,27 @@ class CompletionStream:
         self._before = json.dumps({**self._head, "choices": []}).removesuffix("]}")
         self._after = f"]{usage}}}\n\n"
         self._offsets: dict[int, TokenOffsets] = {}
+
+    def whole(self) -> dict[str, Any]:
+        """The whole answer, once every job has ended."""
+        num_choices = self._body.num_choices
+        answers = self._completion.answers
+        choices = []
+        for prompt_index, candidates in _by_prompt(answers):
+            ranked = candidates
+            if self._body.num_candidates > num_choices:
+                ranked = sorted(candidates, key=lambda answer: -answer.mean_logprob)
+            for at, answer in enumerate(ranked[:num_choices]):
+                text = answer.job.echo + answer.text
+                choices.append(
+                    {
+                        "index": prompt_index * num_choices + at,
+                        "text": text,
+                        "logprobs": _whole_logprobs(self._served, answer, text),
+                        "finish_reason": finish_reason(answer.reason),
+                    }
+                )
+        return {**self._head, "choices": choices, "usage": usage_of(answers)}
 
     def first(self) -> Iterator[bytes]:
         """What can be sent before the first token: the echoed prompts."""
@@ -126,12 +126,12 @@ class CompletionStream:
         elif (text or (logprobs and logprobs["tokens"])) and not job.request.prompt_logprobs:
             yield self._chunk(update.index, text, logprobs, None)
         if update.reason is not None:
-            yield self._chunk(update.index, "", None, _finish_reason(update.reason))
+            yield self._chunk(update.index, "", None, finish_reason(update.reason))
 
     def last(self) -> Iterator[bytes]:
         """The usage, if asked for, and the end mark."""
         if self._wants_usage:
-            usage = {**self._head, "choices": [], "usage": _usage(self._completion.answers)}
+            usage = {**self._head, "choices": [], "usage": usage_of(self._completion.answers)}
             yield b"data: " + json.dumps(usage).encode() + b"\n\n"
         yield b"data: [DONE]\n\n"
 
@@ -202,7 +202,8 @@ def _by_prompt(answers: Sequence[Answer]) -> Iterator[tuple[int, list[Answer]]]:
     yield from groups.items()
 
 
-def _usage(answers: Sequence[Answer]) -> dict[str, Any]:
+def usage_of(answers: Sequence[Answer]) -> dict[str, Any]:
+    """OpenAI's usage object for finished answers."""
     num_prompt = num_cached = num_new = 0
     for _, candidates in _by_prompt(answers):
         # A prompt counts once, however many answers it has.
@@ -218,7 +219,8 @@ def _usage(answers: Sequence[Answer]) -> dict[str, Any]:
     }
 
 
-def _finish_reason(reason: FinishReason | None) -> str | None:
+def finish_reason(reason: FinishReason | None) -> str | None:
+    """OpenAI's word for the end of an answer."""
     return "length" if reason == "deadline" else reason
 
 
