@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Final, Literal
 
-__all__ = ["ScopeGuard", "StopScope", "Style", "style_of"]
+__all__ = ["Ending", "ScopeGuard", "StopScope", "Style", "style_of"]
 
 StopScope = Literal["line", "block", "scope", "none"]
 """line: one line. block: the statement that the cursor's line begins, or else the paragraph.
 scope: what is left of the enclosing brackets or indentation. none: as long as the model goes."""
+
+Ending = Literal["line", "block", "scope", "suffix"]
+"""Why an answer was ended: its scope was over, or it repeated the code after the cursor."""
 
 _OPENERS: Final = {"(": ")", "[": "]", "{": "}"}
 _CLOSERS: Final = frozenset(_OPENERS.values())
@@ -260,10 +263,11 @@ class ScopeGuard:
     ) -> None:
         """Read the code around the cursor; `path` only tells the language."""
         self._scope = scope
-        self._stopped_by: str | None = None
+        self._stopped_by: Ending | None = None
         self._held = ""
         if scope == "none":
             return
+        self._ending: Ending = scope
         self._style = style_of(path, fim_prefix[-MAX_LOOK_CHARS:] + fim_suffix[:1024])
         look_start = max(0, len(fim_prefix) - MAX_LOOK_CHARS)
         if look_start:
@@ -294,7 +298,7 @@ class ScopeGuard:
         self._is_gap_blank = False
 
     @property
-    def stopped_by(self) -> str | None:
+    def stopped_by(self) -> Ending | None:
         """What ended the answer: "line", "block", "scope", "suffix", or None."""
         return self._stopped_by
 
@@ -352,7 +356,7 @@ class ScopeGuard:
             if self._base is None or (self._is_first_line and not self._has_head):
                 self._base = lexer.indent
             if self._gap_at >= 0 and not was_in_text and self._is_over(char, depth):
-                return self._stop(self._scope, self._gap_at)
+                return self._stop(self._ending, self._gap_at)
             self._has_text = True
         self._has_text = self._has_text or not char.isspace()
         return self._release()
@@ -384,7 +388,7 @@ class ScopeGuard:
             if self._scope == "block" and self._line_opens_brackets:
                 is_closed = is_closed or self._depth <= self._num_open_before_line
             if is_closed:
-                return self._stop(self._scope, line_end)
+                return self._stop(self._ending, line_end)
         is_blank = lexer.is_line_blank
         lexer.feed("\n")
         self._line_text = ""
@@ -452,7 +456,7 @@ class ScopeGuard:
             sizes.append(len(held) - len(text) + len(rest))
         return max(sizes, default=0)
 
-    def _stop(self, reason: str, cut: int) -> str:
+    def _stop(self, reason: Ending, cut: int) -> str:
         released, self._held = self._held[: max(cut, 0)], ""
         self._stopped_by = reason
         return released
