@@ -206,7 +206,8 @@ def _plan_prompt(served: ServedModel, spec: CompletionSpec, prompt: Prompt) -> _
     forced = ""
     if options.typed_ahead:
         # A prompt as text is taken as it is; only what is typed ahead may end inside a token.
-        text, forced = heal_text(text)
+        kept, forced = heal_text(text)
+        text, forced = (kept, forced) if kept else (text, "")  # a prompt can't be empty
     ids = tuple(tokenizer.encode(text, parse_special=True))
     if tokenizer.adds_bos and tokenizer.bos_token_id is not None:
         ids = (tokenizer.bos_token_id, *ids)
