@@ -263,6 +263,11 @@ class Engine:
             self._wake.notify()
         return Ticket(sequence.request_id, lambda: self._cancel(sequence))
 
+    @property
+    def prefill_ms_per_token(self) -> float:
+        """Measured milliseconds for each token of a long prompt; 0 while not known."""
+        return self._prefill_ms_per_token
+
     def prefill_ms(self, prompt: Sequence[int]) -> float:
         """Estimate of how long `prompt` would take to compute now, cached tokens left out.
 

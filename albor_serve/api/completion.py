@@ -12,7 +12,7 @@ import contextlib
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -229,6 +229,8 @@ def _drafts(
 WINDOW_LENS: Final = tuple(size << k for k in range(11) for size in (64, 96))
 """Prompt lengths that a time to the first token may ask for. Few, so that from one keystroke to
 the next the same is chosen and its cache serves."""
+MAX_SMALLER_WINDOWS: Final = 2
+"""How many sizes below the largest that fits are looked at for one that is cached."""
 
 
 def _fim_prompt(
@@ -271,12 +273,7 @@ def _fim_prompt(
         raise PromptTooLongError(code_len + len(template.spellings), engine.max_seq_len)
     if budget_ms is None or engine.prefill_ms(whole.tokens) <= budget_ms:
         return whole, None
-    fim = whole
-    for size in reversed(WINDOW_LENS):
-        if size < len(whole.tokens):
-            fim = build(size)
-            if engine.prefill_ms(fim.tokens) <= budget_ms:
-                break
+    fim = _window_for(engine, whole, build, budget_ms)
     if options.session is None or fim is whole:
         return fim, None
     # A session of its own: it must not take the cache of what is being typed.
@@ -284,6 +281,30 @@ def _fim_prompt(
         whole.tokens, 0, session=f"{options.session}\0growth", priority="background"
     )
     return fim, growth
+
+
+def _window_for(
+    engine: Engine, whole: FimPrompt, build: Callable[[int], FimPrompt], budget_ms: float
+) -> FimPrompt:
+    """The largest window that fits the time, or one nearly as large that is cached already."""
+    fitting: FimPrompt | None = None
+    num_smaller = 0
+    fim = whole
+    for size in reversed(WINDOW_LENS):
+        if size >= len(whole.tokens):
+            continue
+        fim = build(size)
+        ms = engine.prefill_ms(fim.tokens)
+        if ms > budget_ms:
+            continue
+        if ms * 2 <= engine.prefill_ms_per_token * len(fim.tokens):
+            return fim
+        # Cold: every keystroke that chose another cold window would pay the whole time again.
+        fitting = fitting or fim
+        if num_smaller == MAX_SMALLER_WINDOWS:
+            break
+        num_smaller += 1
+    return fitting or fim
 
 
 def _sampling(spec: CompletionSpec, candidate: int) -> SamplingParams:

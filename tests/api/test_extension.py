@@ -199,11 +199,13 @@ def test_a_budget_decides_how_much_context_fits(slow: ServedModel) -> None:
     assert 100 < len(cut.request.prompt) <= 200
     assert PREFIX[cut.fim.num_prefix_dropped :].startswith("line ")
     assert cut.growth is None, "nobody would use it without a session"
-    # Typing goes on in the same window, so its cache serves.
-    run(slow, cut)
-    for typed in ("x", "x = ", "x = 1"):
-        next_cut = plan(slow, PREFIX + typed, first_token_budget_ms=200)
-        assert slow.engine.prefill_ms(next_cut.request.prompt) < 30
+    # Typing goes on in the same window, so its cache serves; only now and then it moves.
+    num_cold = 0
+    for num_typed in range(40):
+        job = plan(slow, PREFIX + "x" * num_typed, first_token_budget_ms=200)
+        num_cold += slow.engine.prefill_ms(job.request.prompt) > 30
+        run(slow, job)
+    assert num_cold <= 2
 
 
 def test_extra_files_are_left_out_before_code(slow: ServedModel) -> None:
