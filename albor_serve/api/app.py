@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -17,9 +16,15 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from albor_serve import __version__
-from albor_serve.api.completion import Completion, Job, ServedModel, plan_jobs
+from albor_serve.api.completion import Completion, CompletionSpec, Job, ServedModel, plan_jobs
+from albor_serve.api.dialect import MakeWriter, Writer, json_response
 from albor_serve.api.errors import PayloadTooLargeError, error_response
-from albor_serve.api.openai import CompletionStream, completion_body, model_body, models_body
+from albor_serve.api.openai import (
+    CompletionWriter,
+    completion_spec,
+    model_body,
+    models_body,
+)
 from albor_serve.api.schemas import CompletionBody, parse_completion, parse_json
 from albor_serve.config import SamplingParams
 from albor_serve.errors import AlborError, BackendError, RequestError, UnknownModelError
@@ -91,30 +96,62 @@ class _App:
 
     async def completions(self, request: Request) -> Response:
         """OpenAI's text completion; with `suffix`, fill-in-the-middle at the cursor."""
+        value, num_bytes = await self.read_json(request)
+        body = parse_completion(value)
+        served = await self.find_model(body.model)
+        return await self.answer(
+            request,
+            served,
+            completion_spec(body),
+            lambda completion: CompletionWriter(served, body, completion),
+            stream=bool(body.stream),
+            num_bytes=num_bytes,
+        )
+
+    # ---- what every dialect needs (dialect.Host) --------------------------------------------
+
+    async def read_json(self, request: Request) -> tuple[Any, int]:
+        """(the parsed body, its size in bytes); see `Host`."""
         data = await _read_body(request, self._settings.max_body_bytes)
-        body = parse_completion(parse_json(data))
-        if not self._served.answers_to(body.model):
+        return parse_json(data), len(data)
+
+    async def find_model(self, name: str | None) -> ServedModel:
+        """The model that answers to a name; see `Host`."""
+        if not self._served.answers_to(name):
             raise _unknown_model(self._served)
-        if len(data) > LARGE_BODY_BYTES:
-            jobs = await asyncio.to_thread(plan_jobs, self._served, body)
+        return self._served
+
+    async def answer(
+        self,
+        request: Request,
+        served: ServedModel,
+        spec: CompletionSpec,
+        make_writer: MakeWriter,
+        *,
+        stream: bool,
+        num_bytes: int,
+    ) -> Response:
+        """Plan, run and write a completion; see `Host`."""
+        if num_bytes > LARGE_BODY_BYTES:
+            jobs = await asyncio.to_thread(plan_jobs, served, spec)
         else:
-            jobs = plan_jobs(self._served, body)
-        completion = Completion(self._served.engine, jobs)
-        if body.stream:
-            stream = CompletionStream(self._served, body, completion)
-            return _SseResponse(completion, stream, self._settings.keep_alive_s, self._worked)
+            jobs = plan_jobs(served, spec)
+        completion = Completion(served.engine, jobs)
+        writer = make_writer(completion)
+        if stream:
+            return _SseResponse(completion, writer, self._settings.keep_alive_s, self._worked)
         await _unless_disconnected(request, completion, self._worked)
-        return _json(completion_body(self._served, body, completion))
+        return json_response(writer.whole())
 
     async def models(self) -> Response:
         """The models that this server answers for."""
-        return _json(models_body([self._served]))
+        return json_response(models_body([self._served]))
 
     async def model(self, name: str) -> Response:
         """One model."""
         if name not in (self._served.name, *self._served.aliases):
             raise _unknown_model(self._served)
-        return _json(model_body(self._served, name))
+        return json_response(model_body(self._served, name))
 
     async def health(self) -> Response:
         """200 only if a completion has worked, or got on, just now."""
@@ -130,7 +167,7 @@ class _App:
                 await asyncio.shield(self._proof)
             except AlborError as error:
                 return error_response(error, 503)
-        return _json({"status": "ok", "model": self._served.name})
+        return json_response({"status": "ok", "model": self._served.name})
 
     async def home(self) -> str:
         """What this is, for a person with a browser."""
@@ -170,7 +207,7 @@ class _SseResponse(Response):
     def __init__(
         self,
         completion: Completion,
-        stream: CompletionStream,
+        stream: Writer,
         keep_alive_s: float,
         on_progress: Callable[[], None],
     ) -> None:
@@ -298,10 +335,6 @@ def _unknown_model(served: ServedModel) -> UnknownModelError:
         f"no such model here: this server has {served.name} (GET /v1/models lists all names)",
         param="model",
     )
-
-
-def _json(body: dict[str, Any]) -> Response:
-    return Response(json.dumps(body).encode(), media_type="application/json")
 
 
 async def _on_albor_error(_request: Request, error: Exception) -> Response:

@@ -8,39 +8,70 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from albor_serve.api.completion import Answer, Completion, ServedModel, TokenOffsets, Update
+from albor_serve.api.completion import (
+    Answer,
+    Completion,
+    CompletionSpec,
+    ServedModel,
+    TokenOffsets,
+    Update,
+)
 from albor_serve.api.errors import error_body
-from albor_serve.api.schemas import CompletionBody
+from albor_serve.api.extension import answer_extension, choice_extension
+from albor_serve.api.schemas import AlborOptions, CompletionBody
+from albor_serve.config import SamplingParams
 from albor_serve.errors import AlborError
 from albor_serve.sequence import FinishReason, TokenInfo
 
-__all__ = ["CompletionStream", "completion_body", "model_body", "models_body"]
+__all__ = [
+    "CompletionWriter",
+    "completion_spec",
+    "finish_reason",
+    "model_body",
+    "models_body",
+    "usage_of",
+]
+
+DEFAULT_MAX_TOKENS = 16
 
 
-def completion_body(
-    served: ServedModel, body: CompletionBody, completion: Completion
-) -> dict[str, Any]:
-    """The whole answer, once every job has ended."""
-    choices = []
-    for prompt_index, candidates in _by_prompt(completion.answers):
-        ranked = candidates
-        if body.num_candidates > body.num_choices:
-            ranked = sorted(candidates, key=lambda answer: -answer.mean_logprob)
-        for at, answer in enumerate(ranked[: body.num_choices]):
-            text = answer.job.echo + answer.text
-            choices.append(
-                {
-                    "index": prompt_index * body.num_choices + at,
-                    "text": text,
-                    "logprobs": _whole_logprobs(served, answer, text),
-                    "finish_reason": _finish_reason(answer.reason),
-                }
-            )
-    return {**_head(served), "choices": choices, "usage": _usage(completion.answers)}
+def completion_spec(body: CompletionBody) -> CompletionSpec:
+    """What a checked body asks of the completion core.
+
+    Raises:
+        RequestError: prompt, stop or logit_bias is malformed.
+    """
+    num_logprobs = body.logprobs
+    if num_logprobs is None and (body.num_candidates > body.num_choices or body.albor is not None):
+        num_logprobs = 0  # best_of ranks by them, and albor's answers tell their confidence
+    sampling = SamplingParams(
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_k=max(body.top_k or 0, 0),
+        top_p=1.0 if body.top_p is None else body.top_p,
+        min_p=body.min_p or 0.0,
+        repetition_penalty=body.repetition_penalty or 1.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=body.biases(),
+        seed=body.seed,
+        num_logprobs=num_logprobs,
+    )
+    return CompletionSpec(
+        prompts=tuple(body.prompts()),
+        max_new_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+        sampling=sampling,
+        fim_suffix=body.suffix,
+        num_candidates=body.num_candidates,
+        stop=body.stops(),
+        ignore_eos=bool(body.ignore_eos),
+        echo=bool(body.echo),
+        wants_logprobs=body.logprobs is not None,
+        options=body.albor or AlborOptions(),
+    )
 
 
-class CompletionStream:
-    """Server-sent events of one streamed answer."""
+class CompletionWriter:
+    """One answer of /v1/completions, whole or as server-sent events."""
 
     def __init__(self, served: ServedModel, body: CompletionBody, completion: Completion) -> None:
         self._served = served
@@ -52,6 +83,34 @@ class CompletionStream:
         self._before = json.dumps({**self._head, "choices": []}).removesuffix("]}")
         self._after = f"]{usage}}}\n\n"
         self._offsets: dict[int, TokenOffsets] = {}
+        self._num_ended = 0
+
+    def whole(self) -> dict[str, Any]:
+        """The whole answer, once every job has ended."""
+        num_choices = self._body.num_choices
+        answers = self._completion.answers
+        choices = []
+        for prompt_index, candidates in _by_prompt(answers):
+            ranked = candidates
+            if self._body.num_candidates > num_choices:
+                ranked = sorted(candidates, key=lambda answer: -answer.mean_logprob)
+            for at, answer in enumerate(ranked[:num_choices]):
+                text = answer.job.echo + answer.text
+                choices.append(
+                    {
+                        "index": prompt_index * num_choices + at,
+                        "text": text,
+                        "logprobs": _whole_logprobs(self._served, answer, text),
+                        "finish_reason": finish_reason(answer.reason),
+                        **({"albor": choice_extension(answer)} if self._is_extended else {}),
+                    }
+                )
+        return {
+            **self._head,
+            "choices": choices,
+            "usage": usage_of(answers),
+            **({"albor": answer_extension(answers)} if self._is_extended else {}),
+        }
 
     def first(self) -> Iterator[bytes]:
         """What can be sent before the first token: the echoed prompts."""
@@ -75,12 +134,12 @@ class CompletionStream:
         elif (text or (logprobs and logprobs["tokens"])) and not job.request.prompt_logprobs:
             yield self._chunk(update.index, text, logprobs, None)
         if update.reason is not None:
-            yield self._chunk(update.index, "", None, _finish_reason(update.reason))
+            yield self._end(update.index, answer)
 
     def last(self) -> Iterator[bytes]:
         """The usage, if asked for, and the end mark."""
         if self._wants_usage:
-            usage = {**self._head, "choices": [], "usage": _usage(self._completion.answers)}
+            usage = {**self._head, "choices": [], "usage": usage_of(self._completion.answers)}
             yield b"data: " + json.dumps(usage).encode() + b"\n\n"
         yield b"data: [DONE]\n\n"
 
@@ -94,6 +153,26 @@ class CompletionStream:
     ) -> bytes:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
         return f"data: {self._before}{json.dumps(choice)}{self._after}".encode()
+
+    def _end(self, index: int, answer: Answer) -> bytes:
+        """The chunk with the finish reason; the last of all choices' carries the timings."""
+        reason = finish_reason(answer.reason)
+        if not self._is_extended:
+            return self._chunk(index, "", None, reason)
+        choice = {"index": index, "text": "", "logprobs": None, "finish_reason": reason}
+        chunk = {**self._head, "choices": [{**choice, "albor": choice_extension(answer)}]}
+        if self._wants_usage:
+            chunk["usage"] = None
+        answers = self._completion.answers
+        self._num_ended += 1
+        if self._num_ended == len(answers):
+            chunk["albor"] = answer_extension(answers)
+        return b"data: " + json.dumps(chunk).encode() + b"\n\n"
+
+    @property
+    def _is_extended(self) -> bool:
+        """Whether the caller knows albor's own fields."""
+        return self._body.albor is not None
 
     @property
     def _wants_usage(self) -> bool:
@@ -151,7 +230,8 @@ def _by_prompt(answers: Sequence[Answer]) -> Iterator[tuple[int, list[Answer]]]:
     yield from groups.items()
 
 
-def _usage(answers: Sequence[Answer]) -> dict[str, Any]:
+def usage_of(answers: Sequence[Answer]) -> dict[str, Any]:
+    """OpenAI's usage object for finished answers."""
     num_prompt = num_cached = num_new = 0
     for _, candidates in _by_prompt(answers):
         # A prompt counts once, however many answers it has.
@@ -167,7 +247,8 @@ def _usage(answers: Sequence[Answer]) -> dict[str, Any]:
     }
 
 
-def _finish_reason(reason: FinishReason | None) -> str | None:
+def finish_reason(reason: FinishReason | None) -> str | None:
+    """OpenAI's word for the end of an answer."""
     return "length" if reason == "deadline" else reason
 
 

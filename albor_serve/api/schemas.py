@@ -10,7 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSche
 
 from albor_serve.errors import RequestError
 
-__all__ = ["AlborOptions", "CompletionBody", "Prompt", "parse_completion", "parse_json"]
+__all__ = [
+    "AlborOptions",
+    "CompletionBody",
+    "ExtraContext",
+    "Prompt",
+    "parse_completion",
+    "parse_json",
+]
 
 MAX_PROMPTS = 16
 MAX_CHOICES = 16
@@ -18,6 +25,12 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGIT_BIAS = 300
 MAX_TOKENS = 1 << 20
+MAX_PATH_CHARS = 1024
+MAX_EXTRA_FILES = 64
+MAX_EXTRA_CHARS = 1 << 18
+MAX_DRAFTS = 8
+MAX_DRAFT_CHARS = 8192
+MAX_TYPED_CHARS = 1024
 
 Prompt = str | tuple[int, ...]
 """One prompt: text, or token ids."""
@@ -56,15 +69,42 @@ class StreamOptions(_Body):
     include_usage: bool = False
 
 
+class ExtraContext(_Body):
+    """A piece of another file."""
+
+    path: Annotated[str, Field(min_length=1, max_length=MAX_PATH_CHARS)]
+    text: Annotated[str, Field(max_length=MAX_EXTRA_CHARS)]
+
+
 class AlborOptions(_Body):
     """albor's own extensions."""
 
     session: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """A newer request of the same session cancels the older ones; its KV cache is kept."""
+    supersede: bool = True
+    """False leaves the session's older requests alone."""
     deadline_ms: Annotated[float, Field(gt=0, le=3_600_000)] | None = None
     """Time after which the answer ends with what there is."""
     priority: Literal["interactive", "background"] = "interactive"
     """Background requests give way to interactive ones."""
+    stop_scope: Literal["line", "block", "scope", "none"] = "none"
+    """Where the answer ends at the latest: at its line, its block, its enclosing scope."""
+    path: Annotated[str, Field(min_length=1, max_length=MAX_PATH_CHARS)] | None = None
+    """Path of the file being edited; tells the language, and the model where it is."""
+    extra_context: Annotated[list[ExtraContext], Field(max_length=MAX_EXTRA_FILES)] = Field(
+        default_factory=list
+    )
+    """Pieces of other files, most stable first. Needs suffix."""
+    min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The answer ends before its first token that is less likely than this."""
+    first_token_budget_ms: Annotated[float, Field(gt=0, le=3_600_000)] | None = None
+    """The prompt is cut so that computing it takes about this long at most; needs suffix."""
+    drafts: Annotated[
+        list[Annotated[str, Field(max_length=MAX_DRAFT_CHARS)]], Field(max_length=MAX_DRAFTS)
+    ] = Field(default_factory=list)
+    """Texts that are likely to be the answer, such as the previous suggestion."""
+    typed_ahead: Annotated[str, Field(max_length=MAX_TYPED_CHARS)] = ""
+    """The answer begins with this text, which is not returned. Needs one prompt of text."""
 
 
 class CompletionBody(_Body):
@@ -202,6 +242,7 @@ def _is_field(part: object) -> bool:
     return isinstance(part, str) and part in {
         *CompletionBody.model_fields,
         *AlborOptions.model_fields,
+        *ExtraContext.model_fields,
         *StreamOptions.model_fields,
     }
 

@@ -1,0 +1,86 @@
+"""What a dialect of the HTTP surface needs of the server, and the server of a dialect.
+
+A dialect checks its own body, turns it into a `CompletionSpec` and names a `Writer` for the
+answer. Reading bodies, finding models, running completions, streaming, cancelling when the client
+goes away and reporting errors are the host's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from albor_serve.api.completion import Completion, CompletionSpec, ServedModel, Update
+from albor_serve.errors import AlborError
+
+__all__ = ["Host", "MakeWriter", "Writer", "encode_json", "json_response"]
+
+
+class Writer(Protocol):
+    """How one dialect writes one answer."""
+
+    def whole(self) -> Any:
+        """The JSON value of the finished answer."""
+
+    def first(self) -> Iterator[bytes]:
+        """Streamed: what can be sent before the first token."""
+
+    def update(self, update: Update) -> Iterator[bytes]:
+        """Streamed: events for what is new."""
+
+    def last(self) -> Iterator[bytes]:
+        """Streamed: events after the last update."""
+
+    def failed(self, error: AlborError) -> Iterator[bytes]:
+        """Streamed: events for an error after the headers were sent."""
+
+
+MakeWriter = Callable[[Completion], Writer]
+
+
+class Host(Protocol):
+    """The server, as a dialect sees it."""
+
+    async def read_json(self, request: Request) -> tuple[Any, int]:
+        """(the parsed body, its size in bytes).
+
+        Raises:
+            RequestError: it is not JSON, or larger than allowed.
+        """
+
+    async def find_model(self, name: str | None) -> ServedModel:
+        """The model that answers to a name.
+
+        Raises:
+            UnknownModelError: there is none.
+        """
+
+    async def answer(
+        self,
+        request: Request,
+        served: ServedModel,
+        spec: CompletionSpec,
+        make_writer: MakeWriter,
+        *,
+        stream: bool,
+        num_bytes: int,
+    ) -> Response:
+        """Plan, run and write a completion; `num_bytes` is the size of the request's body.
+
+        Raises:
+            AlborError: it failed before anything was sent.
+        """
+
+
+def encode_json(value: Any) -> bytes:
+    """Compact JSON on one line: llama.vim looks for `"content":"` in the raw text."""
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def json_response(value: Any) -> Response:
+    """A 200 answer."""
+    return Response(encode_json(value), media_type="application/json")
