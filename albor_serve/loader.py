@@ -20,6 +20,7 @@ from albor_serve.config import EngineConfig
 from albor_serve.engine import Engine
 from albor_serve.errors import CheckpointError, CheckpointFormatError, ConfigError
 from albor_serve.fim import FimTemplate, detect_template
+from albor_serve.kernels.cpu_decode import best_instruction_set
 from albor_serve.tokenizer import Tokenizer
 
 __all__ = [
@@ -84,7 +85,9 @@ def open_backend(
         ConfigError: `choice` is "cpu" and albor's kernels can't run this model here.
         What LlamaCppBackend.load and CpuBackend raise.
     """
-    if choice != "llamacpp":
+    # The kernels for AVX2 and AVX-VNNI do not beat llama.cpp yet: they are for who asks.
+    wanted = choice == "cpu" or (choice == "auto" and best_instruction_set() == "avx512")
+    if wanted:
         checkpoint = open_checkpoint(path)
         reason = unsupported(checkpoint)
         if reason is None:
