@@ -148,7 +148,7 @@ class _Lexer:
                 else:
                     self.is_line_blank = False
             if self._ends_at is not None:
-                self._inside = run[-4:]
+                self._inside = (self._inside + run)[-4:]
                 continue
             self._tail = (self._tail + run)[-4:]
             if run[0] != " ":
