@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ from albor_serve.errors import AlborError, ConfigError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from albor_serve.api.auth import ApiKeys
     from albor_serve.api.server import Ready
     from albor_serve.loader import LoadedModel
 
@@ -77,15 +79,21 @@ def _serve(arguments: list[str]) -> int:
     if options.threads is not None and options.threads < 1:
         raise ConfigError(f"--threads is {options.threads}: it must be at least 1")
 
+    for origin in options.cors_origin:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+/?", origin.lower()):
+            raise ConfigError("--cors-origin must be * or a site such as https://example.org:8443")
+
+    from albor_serve.api.auth import read_api_keys
     from albor_serve.api.server import bind, serve
 
+    keys = read_api_keys(options.api_key, options.api_key_file)
     started = time.perf_counter()
     sock = bind(options.host, options.port)
     try:
         address = f"http://{_as_url_host(options.host)}:{sock.getsockname()[1]}"
         serve(
             sock,
-            lambda stop: _start(options, address, started, stop),
+            lambda stop: _start(options, keys, address, started, stop),
             log_level=options.log_level,
         )
     finally:
@@ -94,7 +102,11 @@ def _serve(arguments: list[str]) -> int:
 
 
 def _start(
-    options: argparse.Namespace, address: str, started: float, stop: threading.Event
+    options: argparse.Namespace,
+    keys: ApiKeys,
+    address: str,
+    started: float,
+    stop: threading.Event,
 ) -> Ready:
     """Load the model, complete once with it and make the application.
 
@@ -127,15 +139,20 @@ def _start(
             aliases=aliases[1:],
             description=loaded.description,
         )
-        app = create_app(served, AppSettings(allowed_hosts=_allowed_hosts(options.host)))
+        settings = AppSettings(
+            allowed_hosts=_allowed_hosts(options.host),
+            cors_origins=tuple(options.cors_origin),
+            api_keys=keys,
+        )
+        app = create_app(served, settings)
     except BaseException:
         engine.close()
         raise
 
     def announce() -> None:
         print(_greeting(loaded, address, time.perf_counter() - started, first_token_ms), flush=True)
-        if not _is_loopback(options.host):
-            print("anyone who can reach this address can use it: there is no password", flush=True)
+        if not keys and not _is_loopback(options.host):
+            print("anyone who can reach this address can use it: see --api-key-file", flush=True)
 
     return Ready(app, lambda drain_s: engine.close(drain_s=drain_s), announce)
 
@@ -180,6 +197,28 @@ def _serve_parser() -> argparse.ArgumentParser:
         default=[],
         metavar="NAME",
         help="name that clients use for the model; may be given several times",
+    )
+    parser.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="key that requests must bring; may be given several times. Other users of this "
+        "machine can see it here: prefer --api-key-file or the variable ALBOR_API_KEY",
+    )
+    parser.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="file with one key on each line; # starts a comment line",
+    )
+    parser.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="site whose pages may use the server, such as https://example.org, or * for all; "
+        "may be given several times (none)",
     )
     parser.add_argument(
         "--no-speculation",

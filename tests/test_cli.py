@@ -95,6 +95,16 @@ def test_the_address_answers_as_soon_as_it_is_printed(gguf: Path, servers: list[
         socket.create_connection((host, int(port)), timeout=5).close()
 
 
+def test_keys_come_from_the_environment_and_the_command_line(
+    gguf: Path, env: dict[str, str], servers: list[Server]
+) -> None:
+    server = Server(gguf, "--api-key", "given", env={**env, "ALBOR_API_KEY": "known"})
+    servers.append(server)
+    for key, status in (("given", 200), ("known", 200), ("other", 401)):
+        headers = {"authorization": f"Bearer {key}"}
+        assert httpx.get(f"{server.url}/v1/models", headers=headers).status_code == status
+
+
 def test_the_example_in_the_greeting_works(gguf: Path, servers: list[Server]) -> None:
     server = Server(gguf)
     servers.append(server)
@@ -138,6 +148,9 @@ def test_a_port_in_use_is_one_line(gguf: Path) -> None:
         (["--ctx", "0", "--port", "0"], 2, "max_seq_len"),
         (["--threads", "0"], 2, "--threads"),
         (["--alias", ""], 2, "--alias"),
+        (["--api-key", ""], 2, "API key"),
+        (["--api-key-file", "/nowhere/keys"], 2, "--api-key-file"),
+        (["--cors-origin", "example.org"], 2, "--cors-origin"),
         (["--host", ""], 2, "--host"),
         (["--ctx", "100000000"], 2, "--ctx"),
         (["--host", "203.0.113.1"], 2, "cannot listen"),

@@ -6,16 +6,17 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from albor_serve import __version__
+from albor_serve.api.auth import ApiKeys, KeyCheck, SiteCheck
 from albor_serve.api.completion import Completion, CompletionSpec, Job, ServedModel, plan_jobs
 from albor_serve.api.dialect import MakeWriter, Writer, json_response
 from albor_serve.api.errors import PayloadTooLargeError, error_response
@@ -51,6 +52,10 @@ class AppSettings:
     allowed_hosts: tuple[str, ...] | None = ("localhost", "127.0.0.1", "[::1]")
     """Names a request's Host header may have, so that no web page can reach the server through a
     name of its own (DNS rebinding); None allows any."""
+    cors_origins: tuple[str, ...] = ()
+    """Sites whose pages may use the server, "*" for all; the server's own page always may."""
+    api_keys: ApiKeys = field(default_factory=lambda: ApiKeys(()))
+    """Keys of which every request but /health must bring one; empty: none is needed."""
 
 
 def create_app(served: ServedModel, settings: AppSettings | None = None) -> FastAPI:
@@ -91,7 +96,13 @@ class _App:
         app.add_api_route("/health", self.health, methods=["GET"])
         app.add_api_route("/health", self.health, methods=["HEAD"], include_in_schema=False)
         app.add_api_route("/", self.home, methods=["GET"], response_class=PlainTextResponse)
-        app.add_middleware(_SiteCheck, allowed=self._settings.allowed_hosts)
+        # The last one added is the outermost: what a page of another site sends is refused first.
+        app.add_middleware(KeyCheck, keys=self._settings.api_keys)
+        app.add_middleware(
+            SiteCheck,
+            allowed_hosts=self._settings.allowed_hosts,
+            cors_origins=self._settings.cors_origins,
+        )
         return app
 
     async def completions(self, request: Request) -> Response:
@@ -258,40 +269,6 @@ class _SseResponse(Response):
                 return
             await write(*self._stream.failed(error))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-class _SiteCheck:
-    """Refuses what a web page of another site sends: a Host or an Origin that is not ours."""
-
-    def __init__(self, app: ASGIApp, allowed: tuple[str, ...] | None) -> None:
-        self._app = app
-        self._allowed = allowed
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._allowed is not None:
-            headers = dict(scope["headers"])
-            host = headers.get(b"host", b"").decode("latin-1").lower()
-            origin = headers.get(b"origin", b"").decode("latin-1").lower()
-            site = origin.partition("://")[2]
-            if not all(_host_name(name) in ("", *self._allowed) for name in (host, site)):
-                error = RequestError(
-                    "this server answers only to pages and names of this machine: use 127.0.0.1 "
-                    "or localhost, or start it with --host and the name",
-                    code="host_not_allowed",
-                )
-                await error_response(error, 403)(scope, receive, send)
-                return
-            if origin and not site:  # "null": a sandboxed page or a local file
-                await error_response(RequestError("this Origin is not allowed"), 403)(
-                    scope, receive, send
-                )
-                return
-        await self._app(scope, receive, send)
-
-
-def _host_name(host: str) -> str:
-    """The name in "name:port"; IPv6 addresses keep their brackets."""
-    return host if host.endswith("]") else host.rsplit(":", 1)[0]
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
