@@ -86,6 +86,8 @@ class EngineStats:
     num_new_tokens: int
     num_draft_tokens: int
     num_accepted: int
+    num_steps: int
+    """Backend calls that succeeded: while it grows, the engine gets on."""
     failure: str | None
     """Why the backend can't be used any more; None while it can."""
 
@@ -118,6 +120,8 @@ class _Sequence:
     text: TextAssembler
     timings: Timings = field(default_factory=Timings)
     is_cancelled: bool = False
+    group_has_begun: bool = False
+    """Another request of its group has had a slot: it may wait for its turn without limit."""
     admitted_s: float = 0.0
     decode_started_s: float = 0.0
     slot: Slot | None = None
@@ -190,6 +194,7 @@ class Engine:
         self._failure: BackendError | None = None
         self._totals = Timings()
         self._num_requests = self._num_finished = self._num_cancelled = self._num_failed = 0
+        self._num_steps = 0
 
         self._thread = threading.Thread(target=self._run, name="albor-engine", daemon=True)
 
@@ -264,6 +269,7 @@ class Engine:
                 num_new_tokens=self._totals.num_new_tokens,
                 num_draft_tokens=self._totals.num_draft_tokens,
                 num_accepted=self._totals.num_accepted,
+                num_steps=self._num_steps,
                 failure=None if self._failure is None else str(self._failure),
             )
 
@@ -386,12 +392,19 @@ class Engine:
         """End requests that were cancelled or whose time is up."""
         now = self._clock()
         queue_timeout_s = self._config.queue_timeout_ms / 1000
+        groups = {sequence.request.group for sequence in self._running} - {None}
+        for sequence in self._waiting:
+            sequence.group_has_begun |= sequence.request.group in groups
         for sequence in (*self._waiting, *self._running):
             if sequence.is_cancelled:
                 self._finish(sequence, "cancelled")
             elif now >= sequence.deadline_s:
                 self._finish(sequence, "deadline")
-            elif sequence.slot is None and now - sequence.submitted_s > queue_timeout_s:
+            elif (
+                sequence.slot is None
+                and not sequence.group_has_begun
+                and now - sequence.submitted_s > queue_timeout_s
+            ):
                 self._fail(
                     sequence,
                     QueueTimeoutError(
@@ -661,16 +674,18 @@ class Engine:
                 return None
             self._backend.abort.clear()
             self._in_flight = tuple(sequences)
+        logits = None
         try:
             logits = self._backend.extend(steps)
         except Aborted:
-            logits = None
+            pass
         except BackendError as error:
             self._on_backend_error(sequences, error)
             return None
         finally:
             with self._lock:
                 self._in_flight = ()
+                self._num_steps += logits is not None
         for sequence in sequences:
             slot = sequence.held_slot
             slot.cached_len = self._backend.length(slot.index)

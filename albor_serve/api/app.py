@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 
@@ -19,7 +20,7 @@ from albor_serve import __version__
 from albor_serve.api.auth import ApiKeys, KeyCheck, SiteCheck
 from albor_serve.api.completion import Completion, CompletionSpec, Job, ServedModel, plan_jobs
 from albor_serve.api.dialect import MakeWriter, Writer, json_response
-from albor_serve.api.errors import PayloadTooLargeError, error_response
+from albor_serve.api.errors import BodyTimeoutError, PayloadTooLargeError, error_response
 from albor_serve.api.openai import (
     CompletionWriter,
     completion_spec,
@@ -49,6 +50,10 @@ class AppSettings:
     health_s: float = 30.0
     """How long a finished completion proves that the server works."""
     health_timeout_s: float = 10.0
+    """A completion that takes longer proves the server broken, unless it was busy: the engine has
+    got on with other requests meanwhile."""
+    body_s: float = 30.0
+    """How long a client may take to send its whole body."""
     allowed_hosts: tuple[str, ...] | None = ("localhost", "127.0.0.1", "[::1]")
     """Names a request's Host header may have, so that no web page can reach the server through a
     name of its own (DNS rebinding); None allows any."""
@@ -81,6 +86,7 @@ class _App:
         app.add_exception_handler(AlborError, _on_albor_error)
         app.add_exception_handler(HTTPException, _on_http_error)
         app.add_exception_handler(RequestValidationError, _on_validation_error)
+        app.add_exception_handler(ClientDisconnect, _on_disconnect)
         app.add_exception_handler(Exception, _on_bug)
         schema = {
             "requestBody": {
@@ -123,7 +129,13 @@ class _App:
 
     async def read_json(self, request: Request) -> tuple[Any, int]:
         """(the parsed body, its size in bytes); see `Host`."""
-        data = await _read_body(request, self._settings.max_body_bytes)
+        try:
+            async with asyncio.timeout(self._settings.body_s):
+                data = await _read_body(request, self._settings.max_body_bytes)
+        except TimeoutError:
+            raise BodyTimeoutError(
+                f"the body did not arrive within {self._settings.body_s:g} s: send it faster"
+            ) from None
         return parse_json(data), len(data)
 
     async def find_model(self, name: str | None) -> ServedModel:
@@ -188,8 +200,9 @@ class _App:
         )
 
     async def _prove(self) -> None:
-        """Complete one token, or raise."""
+        """Complete one token, or see others' prompts and answers get on, or raise."""
         engine = self._served.engine
+        num_steps = engine.stats().num_steps
         tokens = engine.tokenizer.encode("\n") or [0]
         jobs = [_probe(tokens)]
         completion = Completion(engine, jobs)
@@ -197,6 +210,9 @@ class _App:
             async with asyncio.timeout(self._settings.health_timeout_s):
                 await completion.wait()
         except TimeoutError:
+            if engine.stats().num_steps > num_steps:
+                self._worked()
+                return
             raise BackendError(
                 f"no completion within {self._settings.health_timeout_s:g} s: the server is "
                 f"overloaded or stuck"
@@ -330,6 +346,10 @@ async def _on_http_error(_request: Request, error: Exception) -> Response:
 
 async def _on_validation_error(_request: Request, _error: Exception) -> Response:
     return error_response(RequestError("the request could not be read"), 400)
+
+
+async def _on_disconnect(_request: Request, _error: Exception) -> Response:
+    return error_response(RequestError("the client went away"), 400)  # nobody reads it
 
 
 async def _on_bug(_request: Request, _error: Exception) -> Response:

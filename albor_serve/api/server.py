@@ -9,25 +9,28 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from albor_serve.api.limits import MAX_HEADER_BYTES
 from albor_serve.errors import ConfigError
 
 if TYPE_CHECKING:
     import uvicorn
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-__all__ = ["MAX_HEADER_BYTES", "Ready", "bind", "serve"]
+__all__ = ["Ready", "bind", "serve"]
 
 DRAIN_S = 10.0
 """How long running requests may go on after SIGINT or SIGTERM; a second signal ends them."""
 LAST_WORDS_S = 2.0
 """How long a client may take to read the end of its answer once the engine has stopped."""
+STALLED_S = 1.0
+"""Once the server stops, a client that reads nothing of its answer for so long is cut off."""
 STOP_LOADING_S = 5.0
-MAX_HEADER_BYTES = 32 * 1024
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -138,6 +141,7 @@ class _Run:
         import uvicorn
 
         import albor_serve.api.app  # noqa: F401 - the loading thread needs it next
+        from albor_serve.api.protocol import GuardedH11
 
         run = self
 
@@ -160,7 +164,7 @@ class _Run:
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             timeout_graceful_shutdown=int(DRAIN_S + LAST_WORDS_S),
             lifespan="off",
-            http="h11",
+            http=GuardedH11,
             ws="none",
             interface="asgi3",
         )
@@ -170,15 +174,23 @@ class _Run:
         """Close the engine, at once after a second signal, so that every answer gets its end."""
         if self.ready is None:
             return
+        stalled_since: dict[Any, float] = {}
         closing = asyncio.ensure_future(asyncio.to_thread(self.ready.close, DRAIN_S))
         while not closing.done():
             await asyncio.wait([closing], timeout=0.05)
+            _cut_stalled(server, stalled_since)
             if self._num_signals > 1:
                 await asyncio.to_thread(self.ready.close, 0.0)
                 await asyncio.sleep(0.2)
                 server.force_exit = True
                 break
         await closing
+        last_words = time.monotonic() + LAST_WORDS_S
+        while server.server_state.connections and time.monotonic() < last_words:
+            await asyncio.sleep(0.05)
+            _cut_stalled(server, stalled_since)
+        for connection in list(server.server_state.connections):
+            connection.transport.abort()
 
     async def _gate(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The application, or 503 while there is none."""
@@ -192,6 +204,17 @@ class _Run:
         # Only the end of the server cancels; by then the client has had its time.
         with contextlib.suppress(asyncio.CancelledError):
             await ready.app(scope, receive, send)
+
+
+def _cut_stalled(server: uvicorn.Server, since: dict[Any, float]) -> None:
+    """Cut off clients whose socket has been full for STALLED_S; `since` remembers them."""
+    now = time.monotonic()
+    for connection in list(server.server_state.connections):
+        transport = connection.transport
+        if transport is None or not transport.get_write_buffer_size():
+            since.pop(connection, None)
+        elif now - since.setdefault(connection, now) > STALLED_S:
+            transport.abort()
 
 
 @contextlib.contextmanager
