@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -32,19 +33,22 @@ from albor_serve.errors import (
     RequestError,
 )
 from albor_serve.healing import ForcedBytes, TokenIndex
-from albor_serve.kv_slots import Slot, SlotTable
+from albor_serve.kv_slots import Slot, SlotTable, common_prefix_len
 from albor_serve.sampler import Sampled, Sampler, log_softmax, top_logprobs
+from albor_serve.scopes import ScopeGuard
 from albor_serve.sequence import (
+    CodeAround,
     Delta,
     Event,
     Failed,
     Finished,
     FinishReason,
     GenerateRequest,
+    StoppedBy,
     Timings,
     TokenInfo,
 )
-from albor_serve.speculate import Draft, DraftPolicy, RowCosts, propose
+from albor_serve.speculate import Draft, DraftPolicy, RowCosts, lookup_text, propose
 from albor_serve.stopping import TextAssembler
 from albor_serve.tokenizer import Tokenizer
 
@@ -118,6 +122,9 @@ class _Sequence:
     submitted_s: float
     sampler: Sampler
     text: TextAssembler
+    guard: ScopeGuard
+    drafts: TokenArray
+    """The request's drafts end to end, each after the end of the prompt."""
     timings: Timings = field(default_factory=Timings)
     is_cancelled: bool = False
     group_has_begun: bool = False
@@ -129,6 +136,8 @@ class _Sequence:
     """Prompt and sampled tokens in slot.tokens; those beyond slot.cached_len are not computed."""
     is_decoding: bool = False
     forced: ForcedBytes | None = None
+    is_unsure: bool = False
+    """Whether the next token was too unlikely to be shown."""
     prompt_infos: list[TokenInfo] = field(default_factory=list)
 
     @property
@@ -139,6 +148,14 @@ class _Sequence:
     def deadline_s(self) -> float:
         limit_ms = self.request.deadline_ms
         return float("inf") if limit_ms is None else self.submitted_s + limit_ms / 1000
+
+    @property
+    def stopped_by(self) -> StoppedBy | None:
+        if self.text.stopped_by is not None and self.guard.stopped_by is None:
+            return "stop"
+        if self.guard.stopped_by is not None:
+            return self.guard.stopped_by
+        return "confidence" if self.is_unsure else None
 
     @property
     def held_slot(self) -> Slot:
@@ -224,7 +241,7 @@ class Engine:
     def submit(self, request: GenerateRequest, on_event: EventSink) -> Ticket:
         """Queue a request; `on_event` gets its events on the engine's thread.
 
-        A request with a session cancels that session's earlier ones.
+        A request with a session cancels that session's earlier ones, unless it says otherwise.
 
         Raises:
             RequestError: a token id is outside the vocabulary. PromptTooLongError: it does not
@@ -237,7 +254,7 @@ class Engine:
             if self._state != "running":
                 raise EngineClosedError("the server is shutting down: try again later")
             self._check_queue()
-            if request.session is not None:
+            if request.session is not None and request.supersede:
                 self._supersede(request.session, request.group)
             self._inbox.append(sequence)
             self._num_requests += 1
@@ -250,6 +267,18 @@ class Engine:
                 self._backend.abort.set()
             self._wake.notify()
         return Ticket(sequence.request_id, lambda: self._cancel(sequence))
+
+    def prefill_ms(self, prompt: Sequence[int]) -> float:
+        """Estimate of how long `prompt` would take to compute now, cached tokens left out.
+
+        From any thread; 0 while the backend's speed is not known. Waiting for others' requests
+        is not counted.
+        """
+        wanted = np.array(prompt, dtype=np.int32)
+        cached_len = max(
+            common_prefix_len(slot.tokens[: slot.cached_len], wanted) for slot in self._slots.slots
+        )
+        return (wanted.size - cached_len) * self._prefill_ms_per_token
 
     def stats(self) -> EngineStats:
         """A snapshot for people and metrics."""
@@ -302,12 +331,18 @@ class Engine:
                 f"a prompt token id is outside this model's vocabulary: use 0 to {vocab_size - 1}",
                 param="prompt",
             )
+        if not all(0 <= token_id < vocab_size for draft in request.drafts for token_id in draft):
+            raise RequestError(
+                f"a draft's token id is outside this model's vocabulary: use 0 to {vocab_size - 1}",
+                param="drafts",
+            )
         if not all(0 <= token_id < vocab_size for token_id, _ in request.sampling.logit_bias):
             raise RequestError(
                 f"a logit_bias token id is outside this model's vocabulary: use 0 to "
                 f"{vocab_size - 1}",
                 param="logit_bias",
             )
+        code = request.code or CodeAround("", "")
         banned = self._tokenizer.eos_token_ids if request.ignore_eos else ()
         return _Sequence(
             request=request,
@@ -317,6 +352,8 @@ class Engine:
             submitted_s=self._clock(),
             sampler=Sampler(request.sampling, vocab_size, request.prompt, banned),
             text=TextAssembler(request.stop),
+            guard=ScopeGuard(request.stop_scope, code.before, code.after, code.path),
+            drafts=lookup_text(request.prompt, request.drafts),
         )
 
     def _check_queue(self) -> None:
@@ -399,6 +436,9 @@ class Engine:
             if sequence.is_cancelled:
                 self._finish(sequence, "cancelled")
             elif now >= sequence.deadline_s:
+                text = self._flush(sequence)
+                if text:
+                    self._emit(sequence, Delta(text))
                 self._finish(sequence, "deadline")
             elif (
                 sequence.slot is None
@@ -581,6 +621,8 @@ class Engine:
             self._backend.info.max_batch_len - 1,
         )
         history = sequence.held_slot.tokens[: sequence.num_tokens]
+        if sequence.drafts.size:
+            history = np.concatenate((sequence.drafts, history))
         # What would have been guessed one token ago, scored against the token that came.
         if sequence.timings.num_new_tokens > 1:
             past = propose(history[:-1], 1)
@@ -609,6 +651,10 @@ class Engine:
                 return
             if timings.first_token_ms is None:
                 timings.first_token_ms = (now - sequence.submitted_s) * 1000
+            if self._is_unsure(sequence, sampled):
+                sequence.is_unsure = True
+                reason = "stop"
+                break
             text += self._accept(sequence, sampled, infos)
             reason = self._end_of(sequence, sampled.token_id)
             confirmed = at < len(draft) and sampled.token_id == draft[at]
@@ -623,11 +669,21 @@ class Engine:
                 # This model's cache can't be cut: a wrong guess costs the whole prompt.
                 self._draft_policy = None
         if reason is not None and reason != "cancelled":
-            text += sequence.text.flush()
+            text += self._flush(sequence)
         if text or infos:
             self._emit(sequence, Delta(text, tuple(infos)))
         if reason is not None:
             self._finish(sequence, reason)
+
+    def _is_unsure(self, sequence: _Sequence, sampled: Sampled) -> bool:
+        """Whether a token is too unlikely to be shown; those that show nothing never are."""
+        limit = sequence.request.min_confidence
+        if limit <= 0.0 or sampled.logprob is None or math.exp(sampled.logprob) >= limit:
+            return False
+        if self._is_end_token(sequence, sampled.token_id):
+            return False
+        piece = self._tokenizer.token_bytes(sampled.token_id)
+        return sequence.forced is None or len(piece) > sequence.forced.num_remaining
 
     def _accept(self, sequence: _Sequence, sampled: Sampled, infos: list[TokenInfo]) -> str:
         """Add one sampled token to the sequence; return the text that it settles."""
@@ -650,7 +706,11 @@ class Engine:
                 return ""
         sequence.timings.num_new_tokens += 1
         infos.append(TokenInfo(token_id, piece, sampled.logprob, sampled.top_logprobs))
-        return sequence.text.feed(piece)
+        return sequence.guard.feed(sequence.text.feed(piece))
+
+    def _flush(self, sequence: _Sequence) -> str:
+        """Text that was held back, once nothing more comes."""
+        return sequence.guard.feed(sequence.text.flush()) + sequence.guard.flush()
 
     def _is_end_token(self, sequence: _Sequence, token_id: int) -> bool:
         return (
@@ -659,7 +719,7 @@ class Engine:
 
     def _end_of(self, sequence: _Sequence, token_id: int) -> FinishReason | None:
         """Why the sequence ends after this token, or None."""
-        if self._is_end_token(sequence, token_id) or sequence.text.stopped_by is not None:
+        if self._is_end_token(sequence, token_id) or sequence.stopped_by is not None:
             return "stop"
         if sequence.timings.num_new_tokens >= sequence.request.max_new_tokens:
             return "length"
@@ -721,7 +781,13 @@ class Engine:
         self._release(sequence)
         self._emit(
             sequence,
-            Finished(reason, timings, tuple(sequence.prompt_infos), sequence.text.stopped_by),
+            Finished(
+                reason,
+                timings,
+                tuple(sequence.prompt_infos),
+                sequence.text.stopped_by if sequence.stopped_by == "stop" else None,
+                sequence.stopped_by,
+            ),
         )
 
     def _fail(self, sequence: _Sequence, error: AlborError) -> None:
