@@ -72,8 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(arguments: list[str]) -> int:
     options = _serve_parser().parse_args(arguments)
-    logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(message)s")
-
+    _set_up_logging(options.log_level, options.log_format, log_prompts=options.log_prompts)
     if any(not name.isprintable() or not name.strip() for name in options.alias):
         raise ConfigError("--alias is empty or not printable: give a name such as code")
     if options.threads is not None and options.threads < 1:
@@ -99,6 +98,16 @@ def _serve(arguments: list[str]) -> int:
     finally:
         sock.close()
     return 0
+
+
+def _set_up_logging(level: str, log_format: str, *, log_prompts: bool) -> None:
+    from albor_serve.api.request_log import JsonFormatter, TextFormatter
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+    if log_prompts:
+        logging.getLogger("albor.request").setLevel(logging.INFO)
 
 
 def _start(
@@ -143,6 +152,7 @@ def _start(
             allowed_hosts=_allowed_hosts(options.host),
             cors_origins=tuple(options.cors_origin),
             api_keys=keys,
+            log_prompts=options.log_prompts,
         )
         app = create_app(served, settings)
     except BaseException:
@@ -230,6 +240,17 @@ def _serve_parser() -> argparse.ArgumentParser:
         default="warning",
         choices=("debug", "info", "warning", "error"),
         help="how much to log (%(default)s); info logs each request",
+    )
+    parser.add_argument(
+        "--log-format",
+        default="text",
+        choices=("text", "json"),
+        help="log lines for people or JSON objects, on standard error (%(default)s)",
+    )
+    parser.add_argument(
+        "--log-prompts",
+        action="store_true",
+        help="log each request with its body, code and all; nothing of it is logged otherwise",
     )
     parser.add_argument("--version", action="version", version=f"albor {__version__}")
     return parser

@@ -13,7 +13,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Literal
@@ -33,6 +33,7 @@ from albor_serve.errors import (
     RequestError,
 )
 from albor_serve.healing import ForcedBytes, TokenIndex
+from albor_serve.histogram import EngineMetrics, HistogramView
 from albor_serve.kv_slots import Slot, SlotTable, common_prefix_len
 from albor_serve.sampler import Sampled, Sampler, log_softmax, top_logprobs
 from albor_serve.scopes import ScopeGuard
@@ -92,6 +93,10 @@ class EngineStats:
     num_accepted: int
     num_steps: int
     """Backend calls that succeeded: while it grows, the engine gets on."""
+    num_stale_tokens: int
+    """Tokens computed for requests that were then cancelled."""
+    histograms: Mapping[str, HistogramView]
+    """By name: queue, first_token, inter_token, total, cancel (seconds), new_prompt_tokens."""
     failure: str | None
     """Why the backend can't be used any more; None while it can."""
 
@@ -127,6 +132,7 @@ class _Sequence:
     """The request's drafts end to end, each after the end of the prompt."""
     timings: Timings = field(default_factory=Timings)
     is_cancelled: bool = False
+    cancelled_s: float = 0.0
     group_has_begun: bool = False
     """Another request of its group has had a slot: it may wait for its turn without limit."""
     admitted_s: float = 0.0
@@ -212,6 +218,7 @@ class Engine:
         self._totals = Timings()
         self._num_requests = self._num_finished = self._num_cancelled = self._num_failed = 0
         self._num_steps = 0
+        self._metrics = EngineMetrics()
 
         self._thread = threading.Thread(target=self._run, name="albor-engine", daemon=True)
 
@@ -299,6 +306,15 @@ class Engine:
                 num_draft_tokens=self._totals.num_draft_tokens,
                 num_accepted=self._totals.num_accepted,
                 num_steps=self._num_steps,
+                num_stale_tokens=self._metrics.num_stale_tokens,
+                histograms={
+                    "queue": self._metrics.queue.view(),
+                    "first_token": self._metrics.first_token.view(),
+                    "inter_token": self._metrics.inter_token.view(),
+                    "total": self._metrics.total.view(),
+                    "cancel": self._metrics.cancel.view(),
+                    "new_prompt_tokens": self._metrics.new_prompt_tokens.view(),
+                },
                 failure=None if self._failure is None else str(self._failure),
             )
 
@@ -378,7 +394,9 @@ class Engine:
             self._wake.notify()
 
     def _mark_cancelled(self, sequence: _Sequence) -> None:
-        sequence.is_cancelled = True
+        if not sequence.is_cancelled:
+            sequence.is_cancelled = True
+            sequence.cancelled_s = self._clock()
         if self._in_flight and all(other.is_cancelled for other in self._in_flight):
             self._backend.abort.set()
 
@@ -772,6 +790,11 @@ class Engine:
                 self._num_cancelled += 1
             else:
                 self._num_finished += 1
+            num_computed = 0
+            if sequence.slot is not None:
+                num_computed = max(0, sequence.slot.cached_len - timings.num_cached_tokens)
+            cancel_s = now - sequence.cancelled_s if sequence.cancelled_s else 0.0
+            self._metrics.observe(reason, timings, num_computed, cancel_s)
             totals = self._totals
             totals.num_prompt_tokens += timings.num_prompt_tokens
             totals.num_cached_tokens += timings.num_cached_tokens

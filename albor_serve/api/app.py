@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,12 +22,14 @@ from albor_serve.api.auth import ApiKeys, KeyCheck, SiteCheck
 from albor_serve.api.completion import Completion, CompletionSpec, Job, ServedModel, plan_jobs
 from albor_serve.api.dialect import MakeWriter, Writer, json_response
 from albor_serve.api.errors import BodyTimeoutError, PayloadTooLargeError, error_response
+from albor_serve.api.metrics import METRICS_MEDIA_TYPE, metrics_text
 from albor_serve.api.openai import (
     CompletionWriter,
     completion_spec,
     model_body,
     models_body,
 )
+from albor_serve.api.request_log import RequestLog
 from albor_serve.api.schemas import CompletionBody, parse_completion, parse_json
 from albor_serve.config import SamplingParams
 from albor_serve.errors import AlborError, BackendError, RequestError, UnknownModelError
@@ -61,6 +64,8 @@ class AppSettings:
     """Sites whose pages may use the server, "*" for all; the server's own page always may."""
     api_keys: ApiKeys = field(default_factory=lambda: ApiKeys(()))
     """Keys of which every request but /health must bring one; empty: none is needed."""
+    log_prompts: bool = False
+    """Whether the log of requests holds their bodies."""
 
 
 def create_app(served: ServedModel, settings: AppSettings | None = None) -> FastAPI:
@@ -74,6 +79,7 @@ class _App:
         self._settings = settings
         self._last_ok_s = float("-inf")
         self._proof: asyncio.Task[None] | None = None
+        self._num_answers: Counter[int] = Counter()
 
     def make(self) -> FastAPI:
         app = FastAPI(
@@ -99,15 +105,21 @@ class _App:
         )
         app.add_api_route("/v1/models", self.models, methods=["GET"])
         app.add_api_route("/v1/models/{name:path}", self.model, methods=["GET"])
+        app.add_api_route(
+            "/metrics", self.metrics, methods=["GET"], response_class=PlainTextResponse
+        )
         app.add_api_route("/health", self.health, methods=["GET"])
         app.add_api_route("/health", self.health, methods=["HEAD"], include_in_schema=False)
         app.add_api_route("/", self.home, methods=["GET"], response_class=PlainTextResponse)
-        # The last one added is the outermost: what a page of another site sends is refused first.
+        # The last one added is the outermost: ids and the log see every answer.
         app.add_middleware(KeyCheck, keys=self._settings.api_keys)
         app.add_middleware(
             SiteCheck,
             allowed_hosts=self._settings.allowed_hosts,
             cors_origins=self._settings.cors_origins,
+        )
+        app.add_middleware(
+            RequestLog, num_answers=self._num_answers, log_prompts=self._settings.log_prompts
         )
         return app
 
@@ -176,6 +188,11 @@ class _App:
             raise _unknown_model(self._served)
         return json_response(model_body(self._served, name))
 
+    async def metrics(self) -> Response:
+        """Counters and histograms for Prometheus."""
+        models = {self._served.name: self._served.engine.stats()}
+        return Response(metrics_text(models, self._num_answers), media_type=METRICS_MEDIA_TYPE)
+
     async def health(self) -> Response:
         """200 only if a completion has worked, or got on, just now."""
         engine = self._served.engine
@@ -196,7 +213,8 @@ class _App:
         """What this is, for a person with a browser."""
         return (
             f"albor {__version__} serves {self._served.name}\n"
-            f"POST /v1/completions   GET /v1/models   GET /health   GET /openapi.json\n"
+            "POST /v1/completions   GET /v1/models   GET /health   GET /metrics   "
+            "GET /openapi.json\n"
         )
 
     async def _prove(self) -> None:

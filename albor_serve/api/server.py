@@ -160,7 +160,8 @@ class _Run:
         config = uvicorn.Config(
             self._gate,
             log_level=log_level,
-            access_log=log_level in ("debug", "info"),
+            access_log=False,  # the application logs requests, with their ids
+            log_config=None,
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             timeout_graceful_shutdown=int(DRAIN_S + LAST_WORDS_S),
             lifespan="off",
