@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import re
+import shlex
 import sys
 import threading
 import time
@@ -83,20 +84,34 @@ def _serve(arguments: list[str]) -> int:
             raise ConfigError("--cors-origin must be * or a site such as https://example.org:8443")
 
     from albor_serve.api.auth import read_api_keys
-    from albor_serve.api.server import bind, serve
+    from albor_serve.api.server import TlsFiles, bind, bind_unix, serve
 
     keys = read_api_keys(options.api_key, options.api_key_file)
     started = time.perf_counter()
-    sock = bind(options.host, options.port)
+    tls = None
+    if options.tls_cert is not None:
+        tls = TlsFiles(options.tls_cert, options.tls_key)
+        tls.check()
+    elif options.tls_key is not None:
+        raise ConfigError("--tls-key needs --tls-cert")
+    if options.uds is not None:
+        sock = bind_unix(options.uds)
+        address = f"unix:{options.uds}"
+    else:
+        sock = bind(options.host, options.port)
+        scheme = "http" if tls is None else "https"
+        address = f"{scheme}://{_as_url_host(options.host)}:{sock.getsockname()[1]}"
     try:
-        address = f"http://{_as_url_host(options.host)}:{sock.getsockname()[1]}"
         serve(
             sock,
             lambda stop: _start(options, keys, address, started, stop),
             log_level=options.log_level,
+            tls=tls,
         )
     finally:
         sock.close()
+        if options.uds is not None:
+            options.uds.unlink(missing_ok=True)
     return 0
 
 
@@ -161,7 +176,7 @@ def _start(
 
     def announce() -> None:
         print(_greeting(loaded, address, time.perf_counter() - started, first_token_ms), flush=True)
-        if not keys and not _is_loopback(options.host):
+        if not keys and options.uds is None and not _is_loopback(options.host):
             print("anyone who can reach this address can use it: see --api-key-file", flush=True)
 
     return Ready(app, lambda drain_s: engine.close(drain_s=drain_s), announce)
@@ -184,6 +199,18 @@ def _serve_parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument(
         "--port", type=int, default=8080, help="port; 0 takes any free one (%(default)s)"
+    )
+    parser.add_argument(
+        "--uds",
+        type=Path,
+        metavar="PATH",
+        help="listen on this unix socket, which only you can open, instead of host and port",
+    )
+    parser.add_argument(
+        "--tls-cert", type=Path, metavar="PEM", help="serve https with this certificate (chain)"
+    )
+    parser.add_argument(
+        "--tls-key", type=Path, metavar="PEM", help="its key, where it is in a file of its own"
     )
     parser.add_argument(
         "--slots", type=int, default=4, help="requests computed at once (%(default)s)"
@@ -284,11 +311,14 @@ def _greeting(loaded: LoadedModel, address: str, start_s: float, first_token_ms:
     info = loaded.engine.backend.info
     fim = f"fill-in-the-middle: {loaded.template.family}" if loaded.template else "no FIM"
     example = json.dumps({"prompt": "def fib(n):\n", "max_tokens": 32, "temperature": 0})
+    curl, base = "curl", address
+    if address.startswith("unix:"):
+        curl, base = f"curl --unix-socket {shlex.quote(address[5:])}", "http://localhost"
     return (
         f"albor {__version__}: {loaded.name} ({loaded.description}, {fim}) on {info.device}, "
         f"{info.num_slots} slots of {loaded.engine.max_seq_len} tokens\n"
         f"listening on {address} after {start_s:.2f} s; first token in {first_token_ms:.0f} ms\n"
-        f"try: curl {address}/v1/completions -d '{example}'"
+        f"try: {curl} {base}/v1/completions -d '{example}'"
     )
 
 

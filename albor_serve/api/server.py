@@ -8,10 +8,12 @@ import errno
 import os
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     import uvicorn
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-__all__ = ["Ready", "bind", "serve"]
+__all__ = ["Ready", "TlsFiles", "bind", "bind_unix", "serve"]
 
 DRAIN_S = 10.0
 """How long running requests may go on after SIGINT or SIGTERM; a second signal ends them."""
@@ -67,6 +69,68 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
+def bind_unix(path: Path) -> socket.socket:
+    """A listening unix socket that only this user may connect to.
+
+    A socket file that nobody listens on any more is replaced.
+
+    Raises:
+        ConfigError: the path is taken, too long or not allowed.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.is_socket() and _is_abandoned(path):
+            path.unlink()
+        old_mask = os.umask(0o177)
+        try:
+            sock.bind(str(path))
+        finally:
+            os.umask(old_mask)
+        sock.listen()
+    except (OSError, ValueError) as error:
+        sock.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            f"cannot listen on the socket {path} ({reason}): give a path of your own with --uds"
+        ) from error
+    return sock
+
+
+def _is_abandoned(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return True
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files for https."""
+
+    certificate: Path
+    key: Path | None = None
+    """None where the certificate's file holds it."""
+
+    def check(self) -> None:
+        """Raises ConfigError where they can't be used."""
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self.certificate, self.key, password=_no_password)
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            raise ConfigError(
+                f"cannot use the certificate {self.certificate} "
+                f"({getattr(error, 'strerror', None) or error}): check --tls-cert and --tls-key, "
+                f"which must be PEM files without a password"
+            ) from None
+
+
+def _no_password() -> str:
+    # Without this OpenSSL would ask on the terminal.
+    raise ValueError("the key has a password")
+
+
 @dataclass(frozen=True, slots=True)
 class Ready:
     """What `serve` needs once the model is loaded."""
@@ -84,6 +148,7 @@ def serve(
     start: Callable[[threading.Event], Ready],
     *,
     log_level: str = "warning",
+    tls: TlsFiles | None = None,
 ) -> None:
     """Answer on a listening socket until SIGINT or SIGTERM; then let running requests finish.
 
@@ -99,7 +164,7 @@ def serve(
         thread = threading.Thread(target=run.load, name="albor-load", daemon=True)
         thread.start()
         try:
-            run.answer(sock, log_level)
+            run.answer(sock, log_level, tls)
         finally:
             run.stop.set()
             thread.join(STOP_LOADING_S)
@@ -136,7 +201,7 @@ class _Run:
         self._num_signals += 1
         self.stop.set()
 
-    def answer(self, sock: socket.socket, log_level: str) -> None:
+    def answer(self, sock: socket.socket, log_level: str, tls: TlsFiles | None) -> None:
         """Run the event loop until `stop` is set and everything has drained."""
         import uvicorn
 
@@ -168,6 +233,8 @@ class _Run:
             http=GuardedH11,
             ws="none",
             interface="asgi3",
+            ssl_certfile=None if tls is None else tls.certificate,
+            ssl_keyfile=None if tls is None else tls.key,
         )
         Server(config).run(sockets=[sock])
 
