@@ -13,7 +13,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Literal
@@ -33,6 +33,7 @@ from albor_serve.errors import (
     RequestError,
 )
 from albor_serve.healing import ForcedBytes, TokenIndex
+from albor_serve.histogram import EngineMetrics, HistogramView
 from albor_serve.kv_slots import Slot, SlotTable, common_prefix_len
 from albor_serve.sampler import Sampled, Sampler, log_softmax, top_logprobs
 from albor_serve.scopes import ScopeGuard
@@ -90,6 +91,12 @@ class EngineStats:
     num_new_tokens: int
     num_draft_tokens: int
     num_accepted: int
+    num_steps: int
+    """Backend calls that succeeded: while it grows, the engine gets on."""
+    num_stale_tokens: int
+    """Tokens computed for requests that were then cancelled."""
+    histograms: Mapping[str, HistogramView]
+    """By name: queue, first_token, inter_token, total, cancel (seconds), new_prompt_tokens."""
     failure: str | None
     """Why the backend can't be used any more; None while it can."""
 
@@ -125,6 +132,9 @@ class _Sequence:
     """The request's drafts end to end, each after the end of the prompt."""
     timings: Timings = field(default_factory=Timings)
     is_cancelled: bool = False
+    cancelled_s: float = 0.0
+    group_has_begun: bool = False
+    """Another request of its group has had a slot: it may wait for its turn without limit."""
     admitted_s: float = 0.0
     decode_started_s: float = 0.0
     slot: Slot | None = None
@@ -207,6 +217,8 @@ class Engine:
         self._failure: BackendError | None = None
         self._totals = Timings()
         self._num_requests = self._num_finished = self._num_cancelled = self._num_failed = 0
+        self._num_steps = 0
+        self._metrics = EngineMetrics()
 
         self._thread = threading.Thread(target=self._run, name="albor-engine", daemon=True)
 
@@ -298,6 +310,16 @@ class Engine:
                 num_new_tokens=self._totals.num_new_tokens,
                 num_draft_tokens=self._totals.num_draft_tokens,
                 num_accepted=self._totals.num_accepted,
+                num_steps=self._num_steps,
+                num_stale_tokens=self._metrics.num_stale_tokens,
+                histograms={
+                    "queue": self._metrics.queue.view(),
+                    "first_token": self._metrics.first_token.view(),
+                    "inter_token": self._metrics.inter_token.view(),
+                    "total": self._metrics.total.view(),
+                    "cancel": self._metrics.cancel.view(),
+                    "new_prompt_tokens": self._metrics.new_prompt_tokens.view(),
+                },
                 failure=None if self._failure is None else str(self._failure),
             )
 
@@ -377,7 +399,9 @@ class Engine:
             self._wake.notify()
 
     def _mark_cancelled(self, sequence: _Sequence) -> None:
-        sequence.is_cancelled = True
+        if not sequence.is_cancelled:
+            sequence.is_cancelled = True
+            sequence.cancelled_s = self._clock()
         if self._in_flight and all(other.is_cancelled for other in self._in_flight):
             self._backend.abort.set()
 
@@ -428,6 +452,9 @@ class Engine:
         """End requests that were cancelled or whose time is up."""
         now = self._clock()
         queue_timeout_s = self._config.queue_timeout_ms / 1000
+        groups = {sequence.request.group for sequence in self._running} - {None}
+        for sequence in self._waiting:
+            sequence.group_has_begun |= sequence.request.group in groups
         for sequence in (*self._waiting, *self._running):
             if sequence.is_cancelled:
                 self._finish(sequence, "cancelled")
@@ -436,7 +463,11 @@ class Engine:
                 if text:
                     self._emit(sequence, Delta(text))
                 self._finish(sequence, "deadline")
-            elif sequence.slot is None and now - sequence.submitted_s > queue_timeout_s:
+            elif (
+                sequence.slot is None
+                and not sequence.group_has_begun
+                and now - sequence.submitted_s > queue_timeout_s
+            ):
                 self._fail(
                     sequence,
                     QueueTimeoutError(
@@ -726,16 +757,18 @@ class Engine:
                 return None
             self._backend.abort.clear()
             self._in_flight = tuple(sequences)
+        logits = None
         try:
             logits = self._backend.extend(steps)
         except Aborted:
-            logits = None
+            pass
         except BackendError as error:
             self._on_backend_error(sequences, error)
             return None
         finally:
             with self._lock:
                 self._in_flight = ()
+                self._num_steps += logits is not None
         for sequence in sequences:
             slot = sequence.held_slot
             slot.cached_len = self._backend.length(slot.index)
@@ -762,6 +795,11 @@ class Engine:
                 self._num_cancelled += 1
             else:
                 self._num_finished += 1
+            num_computed = 0
+            if sequence.slot is not None:
+                num_computed = max(0, sequence.slot.cached_len - timings.num_cached_tokens)
+            cancel_s = now - sequence.cancelled_s if sequence.cancelled_s else 0.0
+            self._metrics.observe(reason, timings, num_computed, cancel_s)
             totals = self._totals
             totals.num_prompt_tokens += timings.num_prompt_tokens
             totals.num_cached_tokens += timings.num_cached_tokens
