@@ -1,0 +1,113 @@
+"""albor-bench replay: the command's arguments and its run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from albor_serve.errors import ConfigError
+
+__all__ = ["add_replay"]
+
+HELP = """\
+clients:
+  llama-vim    llama-server /infill with llama.vim's algorithm
+  llama-plain  llama-server behind a plain client, 350 ms debounce
+  albor-plain  albor-serve behind the same plain client
+  albor-eager  albor-serve asked at each key, newest request first
+
+Every client gets the same scenes, the same keys at the same pauses and the same model, and a
+server of its own. Time in which nothing is in flight is not waited for; --real-time waits.
+"""
+
+
+def add_replay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "replay",
+        help="what a person feels: real typing against running stacks",
+        epilog=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", nargs="?", type=Path, metavar="MODEL", help="(the embedded one)")
+    parser.add_argument("--client", action="append", metavar="NAME", help="(all; repeatable)")
+    parser.add_argument("--scenes", type=int, default=None, metavar="N", help="how many (all)")
+    parser.add_argument("--seed", type=int, default=0, help="of typing and choice (%(default)s)")
+    parser.add_argument("--fast", action="store_true", help="a fast typist")
+    parser.add_argument("--real-time", action="store_true", help="wait idle pauses out")
+    parser.add_argument("--threads", type=int, default=None, help="(the physical cores)")
+    parser.add_argument("--ctx", type=int, default=2048, help="tokens (%(default)s)")
+    parser.add_argument(
+        "--llama-server",
+        type=Path,
+        metavar="PROGRAM",
+        help="a llama-server of your own instead of the one inside the package xllamacpp",
+    )
+    parser.add_argument("--data", type=Path, metavar="FILE", help="scenes (those of albor)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw them (.png, .svg)")
+    parser.set_defaults(run=_replay)
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from albor_serve.backends.llamacpp_native import num_physical_cores
+    from albor_serve.bench.machine import describe_machine
+    from albor_serve.bench.peers import PeerOptions
+    from albor_serve.bench.replay.report import plot_replay, print_replay, replay_json
+    from albor_serve.bench.replay.run import ReplaySettings, replay_client
+    from albor_serve.bench.replay.scenes import load_scenes, pick_scenes
+    from albor_serve.bench.replay.typist import FAST, NORMAL
+    from albor_serve.bench.report import write_text
+    from albor_serve.loader import embedded_path
+
+    names = _chosen_clients(options)
+    if options.scenes is not None and options.scenes < 1:
+        raise ConfigError("--scenes must be at least 1")
+    settings = ReplaySettings(
+        model=options.model or embedded_path(),
+        options=PeerOptions(
+            options.ctx, options.threads or num_physical_cores(), options.llama_server
+        ),
+        typist=FAST if options.fast else NORMAL,
+        seed=options.seed,
+        skip_idle=not options.real_time,
+        command=options.command,
+    )
+    scenes = pick_scenes(load_scenes(options.data), options.scenes, options.seed)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("measuring the machine", total=1.0)
+        machine = describe_machine()
+
+        def show(text: str, part: float) -> None:
+            bar.update(task, description=text, completed=part)
+
+        figures = [replay_client(name, scenes, settings, show) for name in names]
+    print_replay(Console(width=None if sys.stdout.isatty() else 140), machine, figures, settings)
+    if options.json:
+        write_text(options.json, replay_json(machine, figures, settings))
+    if options.plot:
+        plot_replay(options.plot, figures)
+    return 0
+
+
+def _chosen_clients(options: argparse.Namespace) -> list[str]:
+    """Names, in the order given; without any, all whose server is installed."""
+    from albor_serve.bench.peers import available_peers
+    from albor_serve.bench.replay.run import CLIENTS
+
+    has_llama = options.llama_server is not None or "llama-server" in available_peers()
+    hint = "pip install 'albor[bench]', or name a program with --llama-server"
+    if not options.client:
+        if not has_llama:
+            print(f"left out: clients of llama-server; {hint}", file=sys.stderr)
+        return [n for n, kind in CLIENTS.items() if has_llama or kind.server == "albor"]
+    for name in options.client:
+        if name not in CLIENTS:
+            raise ConfigError(f"no such client: {name}; there are {', '.join(CLIENTS)}")
+        if CLIENTS[name].server != "albor" and not has_llama:
+            raise ConfigError(f"the client {name} needs llama-server: {hint}")
+    return list(dict.fromkeys(options.client))
