@@ -38,6 +38,7 @@ __all__ = [
     "Worker",
     "available_peers",
     "open_peer",
+    "process_cpu_seconds",
     "stream_completion",
 ]
 
@@ -84,6 +85,17 @@ def available_peers() -> tuple[str, ...]:
     return tuple(peer for peer in PEERS if has_server or not peer.startswith("llama-server"))
 
 
+def process_cpu_seconds(pid: int) -> float:
+    """CPU time that a process has used; 0.0 where the system does not tell."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0.0
+    # The command's name, in brackets, may hold spaces.
+    fields = text.rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 class Peer(abc.ABC):
     """One engine that can be measured. Close it: its process runs until then."""
 
@@ -122,13 +134,7 @@ class Peer(abc.ABC):
 
     def cpu_seconds(self) -> float:
         """CPU time that the process has used; 0.0 where the system does not tell."""
-        try:
-            text = Path(f"/proc/{self.pid}/stat").read_text()
-        except OSError:
-            return 0.0
-        # The command's name, in brackets, may hold spaces.
-        fields = text.rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return process_cpu_seconds(self.pid)
 
     def __enter__(self) -> Peer:
         return self

@@ -292,8 +292,8 @@ def _notice(sources: Sequence[Source]) -> str:
     lines = [
         "# Sources of the edit scenes",
         "",
-        "scenes.json.gz quotes these files, unchanged, for benchmarking only. Each remains under "
-        "its own licence, with the copyright of its project's authors.",
+        "scenes.json.gz quotes these files, unchanged, for benchmarking only. Each remains",
+        "under its own licence, with the copyright of its project's authors.",
         "",
         "| project | version | licence | file | SHA-256 |",
         "|---|---|---|---|---|",

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from albor_serve.bench.replay.clients.base import Work
 from albor_serve.bench.replay.servers import Totals
 from albor_serve.bench.replay.user import SceneTrace
 
 __all__ = ["ClientFigures", "figures_of", "percentile"]
+
+
+NOT_TOLD: Final = Totals(None, None)
 
 
 @dataclass(slots=True)
@@ -76,8 +80,8 @@ def figures_of(
     client: str,
     traces: Sequence[SceneTrace],
     work: Work,
-    before: Totals = Totals(None, None),
-    after: Totals = Totals(None, None),
+    before: Totals = NOT_TOLD,
+    after: Totals = NOT_TOLD,
 ) -> ClientFigures:
     """Sum up. `before` and `after` are the server's counters around the scenes."""
     strokes = [stroke for trace in traces for stroke in trace.keystrokes]

@@ -106,8 +106,10 @@ def _doubts(figures: Sequence[ClientFigures]) -> list[str]:
     least = min(len(figure.ghost_ms) for figure in figures)
     if least < 100:
         return [
-            f"The percentiles rest on as few as {least} suggestions, of those keystrokes alone "
-            f"that ghost text followed in time: read them with the line below them."
+            (
+                f"The percentiles rest on as few as {least} suggestions, of those keystrokes alone "
+                f"that ghost text followed in time: read them with the line below them."
+            )
         ]
     return []
 

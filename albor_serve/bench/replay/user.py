@@ -178,7 +178,7 @@ class Person:
         self.trace.num_accepted += 1
         self.trace.num_keys_saved += self._num_done() - before - 1
         self.trace.keystrokes.append(Keystroke(self._clock.now()))
-        self._client.on_accept(self._state(), text)
+        self._client.on_accept(self._state())
         return True
 
 

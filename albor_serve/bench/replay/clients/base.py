@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 
@@ -72,6 +73,10 @@ class Client(abc.ABC):
     async def stop(self) -> None:  # noqa: B027
         """After the last one."""
 
+    def cpu_seconds(self) -> float:
+        """CPU time used so far, of this process unless the client has one of its own."""
+        return time.process_time()
+
     @abc.abstractmethod
     async def open(self, state: EditorState, others: Sequence[Source]) -> None:
         """A scene begins: the file, and what else is open."""
@@ -80,7 +85,7 @@ class Client(abc.ABC):
     def on_text(self, state: EditorState) -> None:
         """A key was pressed. Returns at once."""
 
-    def on_accept(self, state: EditorState, text: str) -> None:  # noqa: ARG002
+    def on_accept(self, state: EditorState) -> None:
         """Ghost text was taken over; `state` holds it already."""
         self.on_text(state)
 

@@ -101,32 +101,33 @@ class LlamaVimClient(Client):
             self._cache[key] = text
         while len(self._cache) > CACHE_LEN:
             self._cache.popitem(last=False)
-        record.is_shown = self._show_cached() and not is_speculative
+        record.is_shown = self._show_cached() and bool(text.strip()) and not is_speculative
 
     def _show_cached(self) -> bool:
-        """Offer what the cache knows for the present text."""
+        """Offer what the cache knows for the present text; False if it knows nothing."""
         state = self._state
-        if state is None:
+        text = self._lookup(state) if state is not None else None
+        if state is None or text is None:
             return False
-        text = self._lookup(state)
-        if not text.strip():
-            return False
-        self.offer(state.version, text)
-        accepted = EditorState(state.path, state.before + text, state.after, state.version)
-        if not self._is_busy and not self._lookup(accepted):
-            self._is_busy = True
-            self.spawn(self._fetch(accepted, SPECULATIVE_MS, is_speculative=True))
+        if text.strip():
+            self.offer(state.version, text)
+            accepted = EditorState(state.path, state.before + text, state.after, state.version)
+            if not self._is_busy and self._lookup(accepted) is None:
+                self._is_busy = True
+                self.spawn(self._fetch(accepted, SPECULATIVE_MS, is_speculative=True))
         return True
 
-    def _lookup(self, state: EditorState) -> str:
+    def _lookup(self, state: EditorState) -> str | None:
+        """The answer to this text, or what is left of the answer to a text shortly before."""
         before, after = _window(state)
-        if text := self._cache.get((before, after), ""):
-            return text
-        best = ""
+        if (before, after) in self._cache:
+            return self._cache[before, after]
+        best = None
         for size in range(1, min(MAX_TYPED, len(before)) + 1):
             text = self._cache.get((before[:-size], after), "")
-            rest = text.removeprefix(before[-size:]) if text.startswith(before[-size:]) else ""
-            best = max(best, rest, key=len)
+            typed = before[-size:]
+            if len(text) > size and text.startswith(typed):
+                best = max(best or "", text[size:], key=len)
         return best
 
     def _body(self, state: EditorState, limit_ms: int) -> dict[str, Any]:

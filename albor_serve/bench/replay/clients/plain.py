@@ -12,7 +12,7 @@ from albor_serve.bench.replay.clients.http import post_json
 from albor_serve.bench.replay.clock import Clock
 from albor_serve.bench.replay.scenes import Source
 
-__all__ = ["ALBOR", "LLAMA_SERVER", "Dialect", "PlainClient"]
+__all__ = ["ALBOR", "DEBOUNCE_S", "LLAMA_SERVER", "Dialect", "PlainClient"]
 
 DEBOUNCE_S: Final = 0.350
 PREFIX_CHARS: Final = 3000
