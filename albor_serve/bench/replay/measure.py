@@ -43,6 +43,8 @@ class ClientFigures:
     num_cancelled: int = 0
     new_prompt_tokens: list[int] = field(default_factory=list)
     """Prompt tokens computed for each answered request."""
+    decoded_tokens: list[int] = field(default_factory=list)
+    """Tokens decoded for each answered request."""
     new_prompt_per_key: float | None = None
     """Prompt tokens computed per keystroke, cancelled requests included; None if not known."""
     num_decoded: float | None = None
@@ -74,6 +76,11 @@ class ClientFigures:
     def median_new_prompt(self) -> float | None:
         """Median prompt tokens computed for an answered request."""
         return percentile(self.new_prompt_tokens, 50) if self.new_prompt_tokens else None
+
+    @property
+    def median_decoded(self) -> float | None:
+        """Median tokens decoded for an answered request."""
+        return percentile(self.decoded_tokens, 50) if self.decoded_tokens else None
 
 
 def figures_of(
@@ -113,6 +120,7 @@ def figures_of(
         num_requests=work.num_requests,
         num_cancelled=work.num_cancelled,
         new_prompt_tokens=[answer.num_new_prompt for answer in work.answers],
+        decoded_tokens=[answer.num_decoded for answer in work.answers],
         wall_s=sum(trace.seconds for trace in traces),
     )
     _add_costs(figures, work, before, after)

@@ -67,6 +67,7 @@ def _rows(figures: Sequence[ClientFigures]) -> list[tuple[str, list[str]]]:
         ("requests / closed early", [f"{f.num_requests}/{f.num_cancelled}" for f in figures]),
         row("new prompt tokens an answer, median", [f.median_new_prompt for f in figures]),
         row("new prompt tokens a keystroke, mean", [f.new_prompt_per_key for f in figures], 1),
+        row("tokens decoded an answer, median", [f.median_decoded for f in figures]),
         row("decoded tokens", [f.num_decoded for f in figures]),
         row("  never shown, %", [f.percent_decode_wasted for f in figures]),
         row("cancel to idle, ms", [f.cancel_to_idle_ms for f in figures]),
