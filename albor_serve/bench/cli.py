@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from albor_serve.bench.replay.command import add_replay
 from albor_serve.errors import AlborError, ConfigError
 
 __all__ = ["main"]
@@ -20,6 +21,7 @@ examples:
   albor-bench decode --http --json out.json --plot out.png
   albor-bench perplexity a.gguf b.gguf --text src/*.py
   albor-bench infill --data HumanEval-SingleLineInfilling.jsonl.gz --every 10
+  albor-bench replay --scenes 12 --plot replay.png    what a person feels while typing
 
 Peers: llama-server (as its users start it), llama-server-noflash (without flash attention, which
 slows decoding on CPUs; albor does without it, too), llama-cpp-python (as its users call it),
@@ -41,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_decode(commands)
     _add_perplexity(commands)
     _add_infill(commands)
+    add_replay(commands)
     options = parser.parse_args(argv)
     options.command = shlex.join(["albor-bench", *(sys.argv[1:] if argv is None else argv)])
     try:

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from albor_serve.bench.peers import NO_FLASH, Run, llama_completion
+from albor_serve.bench.peers import NO_FLASH, PRESET, Run, llama_completion
 from albor_serve.config import EngineConfig, SamplingParams
 from albor_serve.errors import ConfigError
 from albor_serve.sequence import Delta, Event, Failed, Finished, GenerateRequest
@@ -183,7 +183,9 @@ class _LlamaCppPythonLoop(_LlamaCppPython):
 class _LlamaServer:
     """llama-server inside this process (PyPI xllamacpp), asked over loopback HTTP."""
 
-    def __init__(self, path: Path, context: int, threads: int, has_flash: bool) -> None:
+    def __init__(
+        self, path: Path, context: int, threads: int, has_flash: bool, has_preset: bool = False
+    ) -> None:
         try:
             import xllamacpp
         except ImportError as error:
@@ -199,6 +201,10 @@ class _LlamaServer:
         if not has_flash:
             flash = xllamacpp.llama_flash_attn_type
             params.flash_attn_type = flash.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if has_preset:
+            params.n_batch = params.n_ubatch = 1024
+            params.n_cache_reuse = 256
+            params.endpoint_metrics = True
         params.ui = False
         params.verbosity = -1
         self._server = xllamacpp.Server(params)
@@ -216,6 +222,7 @@ KINDS: dict[str, Callable[[Path, int, int], Measured]] = {
     "llama-cpp-python": _LlamaCppPython,
     "llama-cpp-python-loop": _LlamaCppPythonLoop,
     "llama-server": lambda path, context, threads: _LlamaServer(path, context, threads, True),
+    PRESET: lambda path, context, threads: _LlamaServer(path, context, threads, True, True),
     NO_FLASH: lambda path, context, threads: _LlamaServer(path, context, threads, False),
 }
 """What can be measured, by name."""
