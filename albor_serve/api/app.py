@@ -20,6 +20,7 @@ from albor_serve import __version__
 from albor_serve.api.completion import Completion, Job, ServedModel, plan_jobs
 from albor_serve.api.errors import PayloadTooLargeError, error_response
 from albor_serve.api.openai import CompletionStream, completion_body, model_body, models_body
+from albor_serve.api.playground import add_playground, page, wants_page
 from albor_serve.api.schemas import CompletionBody, parse_completion, parse_json
 from albor_serve.config import SamplingParams
 from albor_serve.errors import AlborError, BackendError, RequestError, UnknownModelError
@@ -86,6 +87,7 @@ class _App:
         app.add_api_route("/health", self.health, methods=["GET"])
         app.add_api_route("/health", self.health, methods=["HEAD"], include_in_schema=False)
         app.add_api_route("/", self.home, methods=["GET"], response_class=PlainTextResponse)
+        add_playground(app)
         app.add_middleware(_SiteCheck, allowed=self._settings.allowed_hosts)
         return app
 
@@ -132,9 +134,11 @@ class _App:
                 return error_response(error, 503)
         return _json({"status": "ok", "model": self._served.name})
 
-    async def home(self) -> str:
-        """What this is, for a person with a browser."""
-        return (
+    async def home(self, request: Request) -> Response:
+        """The playground for a browser; what this is, in two lines, for everyone else."""
+        if wants_page(request):
+            return page()
+        return PlainTextResponse(
             f"albor {__version__} serves {self._served.name}\n"
             f"POST /v1/completions   GET /v1/models   GET /health   GET /openapi.json\n"
         )

@@ -6,6 +6,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from albor_serve.api.completion import Answer, Completion, ServedModel, TokenOffsets, Update
@@ -81,6 +82,9 @@ class CompletionStream:
         """The usage, if asked for, and the end mark."""
         if self._wants_usage:
             usage = {**self._head, "choices": [], "usage": _usage(self._completion.answers)}
+            timings = self._completion.answers[0].timings
+            if self._body.albor is not None and timings is not None:
+                usage["albor"] = {"timings": asdict(timings)}
             yield b"data: " + json.dumps(usage).encode() + b"\n\n"
         yield b"data: [DONE]\n\n"
 
