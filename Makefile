@@ -19,7 +19,7 @@ test:
 test-slow:
 	sh scripts/test -m slow
 
-# Needs Chromium (apt-get install chromium) and its driver (pip install playwright).
+# Needs Chromium: apt-get install chromium.
 test-e2e:
 	sh scripts/test -m e2e
 
