@@ -7,10 +7,11 @@ Each replica is an engine with the whole HTTP surface of albor-serve. A request 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
@@ -18,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from albor_serve.api.app import AppSettings, create_app
 from albor_serve.api.completion import ServedModel
-from albor_serve.errors import BackendError
+from albor_serve.errors import BackendError, ConfigError
 from albor_serve.loader import LoadOptions, load_model
 from albor_serve.scale.affinity import ranked
 
@@ -124,8 +125,13 @@ class _Signed:
         await self._app(scope, receive, signed)
 
 
-def build(options: ScaleOptions) -> serve.Application:
-    """The application, for `serve run` and `serve.run`."""
+def build(arguments: Mapping[str, object] | ScaleOptions) -> serve.Application:
+    """The application, for `serve run` (whose values are strings) and `serve.run`.
+
+    Raises:
+        ConfigError: an option that does not exist or is out of range.
+    """
+    options = _options(arguments)
     deployment = serve.deployment(
         Replica,
         name="albor",
@@ -137,3 +143,15 @@ def build(options: ScaleOptions) -> serve.Application:
         request_router_config=RequestRouterConfig(request_router_class=SessionRouter),
     )
     return deployment.bind(options)
+
+
+def _options(arguments: Mapping[str, object] | ScaleOptions) -> ScaleOptions:
+    try:
+        return ScaleOptions.model_validate(arguments)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        name = ".".join(map(str, first["loc"]))
+        known = ", ".join(ScaleOptions.model_fields)
+        raise ConfigError(
+            f"option {name} is {first['input']!r}: {first['msg']}; the options are {known}"
+        ) from None
