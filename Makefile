@@ -1,7 +1,7 @@
 # Developer commands. Users need only scripts/serve and scripts/test.
 VENV ?= .venv
 
-.PHONY: install fmt check test test-slow mutate bench serve clean
+.PHONY: install fmt check test test-slow test-e2e mutate bench playground serve clean
 
 install:
 	sh scripts/install dev
@@ -19,6 +19,10 @@ test:
 test-slow:
 	sh scripts/test -m slow
 
+# Needs Chromium: apt-get install chromium.
+test-e2e:
+	sh scripts/test -m e2e
+
 # How many small changes to the core logic the tests notice; the goal is 85 %.
 mutate: install
 	$(VENV)/bin/mutmut run
@@ -27,6 +31,10 @@ bench:
 	sh scripts/install dev
 	sh scripts/install bench
 	$(VENV)/bin/albor-bench decode
+
+# The editor library that the page at / carries; needs Node 20 or newer.
+playground:
+	cd scripts/playground && npm ci --ignore-scripts && node build.mjs
 
 serve:
 	sh scripts/serve

@@ -29,6 +29,7 @@ from albor_serve.api.openai import (
     model_body,
     models_body,
 )
+from albor_serve.api.playground import add_playground, page, wants_page
 from albor_serve.api.request_log import RequestLog
 from albor_serve.api.schemas import CompletionBody, parse_completion, parse_json
 from albor_serve.config import SamplingParams
@@ -111,6 +112,7 @@ class _App:
         app.add_api_route("/health", self.health, methods=["GET"])
         app.add_api_route("/health", self.health, methods=["HEAD"], include_in_schema=False)
         app.add_api_route("/", self.home, methods=["GET"], response_class=PlainTextResponse)
+        add_playground(app)
         # The last one added is the outermost: ids and the log see every answer.
         app.add_middleware(KeyCheck, keys=self._settings.api_keys)
         app.add_middleware(
@@ -209,9 +211,11 @@ class _App:
                 return error_response(error, 503)
         return json_response({"status": "ok", "model": self._served.name})
 
-    async def home(self) -> str:
-        """What this is, for a person with a browser."""
-        return (
+    async def home(self, request: Request) -> Response:
+        """The playground for a browser; what this is, in two lines, for everyone else."""
+        if wants_page(request):
+            return page()
+        return PlainTextResponse(
             f"albor {__version__} serves {self._served.name}\n"
             "POST /v1/completions   GET /v1/models   GET /health   GET /metrics   "
             "GET /openapi.json\n"

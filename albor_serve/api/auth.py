@@ -19,8 +19,10 @@ MAX_KEYS = 1024
 MAX_KEY_CHARS = 512
 MAX_KEY_FILE_BYTES = 1 << 20
 KEY_VARIABLE = "ALBOR_API_KEY"
-OPEN_PATHS = frozenset({"/health"})
-"""Answered without a key: supervisors have none."""
+OPEN_PATHS = frozenset({"/health", "/"})
+"""Answered without a key: supervisors have none, and a person types theirs into the page at /."""
+OPEN_PREFIX = "/playground/"
+"""The page's own files; nothing of a model."""
 CORS_MAX_AGE_S = 600
 
 
@@ -103,7 +105,7 @@ class KeyCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 401 or pass the request on."""
-        if scope["type"] == "http" and self._keys and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and self._keys and not _is_open(scope["path"]):
             offered = _offered_key(scope)
             if offered is None or not self._keys.accept(offered):
                 error = RequestError(
@@ -203,3 +205,7 @@ async def _answer_preflight(send: Send, extra: list[tuple[bytes, bytes]]) -> Non
 def _without_port(host: str) -> str:
     """The name in "name:port"; IPv6 addresses keep their brackets."""
     return host if host.endswith("]") else host.rsplit(":", 1)[0]
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(OPEN_PREFIX)

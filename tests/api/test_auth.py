@@ -39,12 +39,14 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         {"x-api-key": ""},
     ],
 )
-def test_without_a_key_everything_but_health_is_401(live: Live, headers: dict[str, str]) -> None:
+def test_without_a_key_nothing_but_health_and_the_page_answers(
+    live: Live, headers: dict[str, str]
+) -> None:
     for method, path in (
         ("POST", "/v1/completions"),
         ("GET", "/v1/models"),
-        ("GET", "/"),
         ("GET", "/openapi.json"),
+        ("GET", "/playgroundx"),
         ("GET", "/nowhere"),
         ("GET", "//health"),
     ):
@@ -52,7 +54,8 @@ def test_without_a_key_everything_but_health_is_401(live: Live, headers: dict[st
         assert answer.status_code == 401, path
         assert answer.json()["error"]["code"] == "invalid_api_key"
         assert answer.headers["www-authenticate"] == "Bearer"
-    assert httpx.get(f"{live.url}/health", headers=headers, timeout=30).status_code == 200
+    for path in ("/health", "/", "/playground/playground.js"):
+        assert httpx.get(live.url + path, headers=headers, timeout=30).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Past one machine: several engines behind one address (extra `ray`; see docs/scale.md)."""
