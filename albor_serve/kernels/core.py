@@ -250,10 +250,9 @@ def _mma_twin(w0, w1, s, xs, acc, W: tl.constexpr):
         scale_low = (scale & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         scale_high = (scale >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         for column in tl.static_range(4):
-            shift: tl.constexpr = (column // 2) * 8 + (column % 2) * 16
             x = _pick(x4, column)  # W, token, lane
-            a = _nibbles(word, shift) * scale_low  # W, row, lane
-            b = _nibbles(word, shift + 4) * scale_high
+            a = _nibbles(word, (column // 2) * 8 + (column % 2) * 16) * scale_low  # W, row, lane
+            b = _nibbles(word, (column // 2) * 8 + (column % 2) * 16 + 4) * scale_high
             low += tl.sum(a[:, :, None, :] * x[:, None, :, :], axis=3)
             high += tl.sum(b[:, :, None, :] * x[:, None, :, :], axis=3)
     both = tl.join(tl.reshape(low, [W, 8, 4, 2]), tl.reshape(high, [W, 8, 4, 2]))

@@ -98,10 +98,19 @@ def product(tiles, xs, BAND: tl.constexpr, KPW: tl.constexpr, MANY: tl.constexpr
     """Accumulators of one band, [4 T]: band BAND of `tiles` times `xs` (float16)."""
     acc = tl.zeros([W * 128], tl.float32)
     for q in tl.static_range(KPW):
-        i: tl.constexpr = 3 * (BAND * KPW + q)
-        x: tl.constexpr = 8 * q
-        eight = (xs[x], xs[x + 1], xs[x + 2], xs[x + 3], xs[x + 4], xs[x + 5], xs[x + 6], xs[x + 7])
-        acc = mma_tile(tiles[i], tiles[i + 1], tiles[i + 2], eight, acc, MANY, ASM, W)
+        eight = ()
+        for step in tl.static_range(8):
+            eight = eight + (xs[8 * q + step],)  # noqa: RUF005
+        acc = mma_tile(
+            tiles[3 * (BAND * KPW + q)],
+            tiles[3 * (BAND * KPW + q) + 1],
+            tiles[3 * (BAND * KPW + q) + 2],
+            eight,
+            acc,
+            MANY,
+            ASM,
+            W,
+        )
     return acc
 
 
@@ -276,10 +285,10 @@ def attend(qkv_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, qn_ptr, kn_ptr, att_ptr, lse
         n_high = n_high.to(tl.float16)
         n_v = n_v.to(tl.float16)
         mine = (pos + i) // P % S == split
-        at = (kv_head * 0 + pos + i) * D
-        tl.store(k_ptr + at + d2, n_low, mask=mine & (d2 >= 0))
-        tl.store(k_ptr + at + half + d2, n_high, mask=mine & (d2 >= 0))
-        tl.store(v_ptr + at + dd, n_v, mask=mine & (dd >= 0))
+        new_at = (pos + i) * D
+        tl.store(k_ptr + new_at + d2, n_low, mask=mine & (d2 >= 0))
+        tl.store(k_ptr + new_at + half + d2, n_high, mask=mine & (d2 >= 0))
+        tl.store(v_ptr + new_at + dd, n_v, mask=mine & (dd >= 0))
         new = new + (n_low, n_high, n_v)  # noqa: RUF005
 
     top = tl.full([RP], -1.0e30, tl.float32)
