@@ -18,6 +18,7 @@ from albor_serve.errors import AlborError, ConfigError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from albor_serve.api.server import Ready
     from albor_serve.loader import LoadedModel
 
 __all__ = ["main"]
@@ -71,40 +72,72 @@ def _serve(arguments: list[str]) -> int:
     options = _serve_parser().parse_args(arguments)
     logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(message)s")
 
+    if any(not name.isprintable() or not name.strip() for name in options.alias):
+        raise ConfigError("--alias is empty or not printable: give a name such as code")
+    if options.threads is not None and options.threads < 1:
+        raise ConfigError(f"--threads is {options.threads}: it must be at least 1")
+
     from albor_serve.api.server import bind, serve
 
     started = time.perf_counter()
     sock = bind(options.host, options.port)
     try:
-        loaded = _load_beside_imports(options)
-        engine = loaded.engine
-        try:
-            engine.start()
-            from albor_serve.api.app import AppSettings, create_app
-            from albor_serve.api.completion import ServedModel
-
-            first_token_ms = _warm_up(loaded)
-            served = ServedModel(
-                name=options.alias[0] if options.alias else loaded.name,
-                engine=engine,
-                template=loaded.template,
-                aliases=tuple(dict.fromkeys((*options.alias[1:], loaded.name)))
-                if options.alias
-                else (),
-                description=loaded.description,
-            )
-            hosts = _allowed_hosts(options.host)
-            app = create_app(served, AppSettings(allowed_hosts=hosts))
-            address = f"http://{_as_url_host(options.host)}:{sock.getsockname()[1]}"
-            # From here on connections queue up, so that what the greeting says is true.
-            sock.listen()
-            _greet(served, loaded, address, time.perf_counter() - started, first_token_ms)
-            serve(app, sock, log_level=options.log_level)
-        finally:
-            engine.close()
+        address = f"http://{_as_url_host(options.host)}:{sock.getsockname()[1]}"
+        serve(
+            sock,
+            lambda stop: _start(options, address, started, stop),
+            log_level=options.log_level,
+        )
     finally:
         sock.close()
     return 0
+
+
+def _start(
+    options: argparse.Namespace, address: str, started: float, stop: threading.Event
+) -> Ready:
+    """Load the model, complete once with it and make the application.
+
+    Raises KeyboardInterrupt soon after `stop` is set.
+    """
+    from albor_serve.loader import LoadOptions, load_model
+
+    chosen = LoadOptions(
+        num_slots=options.slots,
+        max_seq_len=options.ctx,
+        num_threads=options.threads,
+        speculate=not options.no_speculation,
+    )
+    with _ProgressLine(stop) as progress:
+        loaded = load_model(options.model, chosen, progress.show)
+    engine = loaded.engine
+    try:
+        engine.start()
+        first_token_ms = _warm_up(loaded)
+
+        from albor_serve.api.app import AppSettings, create_app
+        from albor_serve.api.completion import ServedModel
+        from albor_serve.api.server import Ready
+
+        aliases = tuple(dict.fromkeys((*options.alias, loaded.name)))
+        served = ServedModel(
+            name=aliases[0],
+            engine=engine,
+            template=loaded.template,
+            aliases=aliases[1:],
+            description=loaded.description,
+        )
+        app = create_app(served, AppSettings(allowed_hosts=_allowed_hosts(options.host)))
+    except BaseException:
+        engine.close()
+        raise
+
+    def announce() -> None:
+        print(_greeting(loaded, address, time.perf_counter() - started, first_token_ms), flush=True)
+        if not _is_loopback(options.host):
+            print("anyone who can reach this address can use it: there is no password", flush=True)
+
+    return Ready(app, lambda drain_s: engine.close(drain_s=drain_s), announce)
 
 
 def _serve_parser() -> argparse.ArgumentParser:
@@ -163,36 +196,6 @@ def _serve_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _load_beside_imports(options: argparse.Namespace) -> LoadedModel:
-    """Load the model while this thread imports the web framework: both take some 0.3 s."""
-    result: list[LoadedModel] = []
-    failure: list[BaseException] = []
-
-    def load() -> None:
-        try:
-            from albor_serve.loader import LoadOptions, load_model
-
-            chosen = LoadOptions(
-                num_slots=options.slots,
-                max_seq_len=options.ctx,
-                num_threads=options.threads,
-                speculate=not options.no_speculation,
-            )
-            with _ProgressLine() as progress:
-                result.append(load_model(options.model, chosen, progress.show))
-        except BaseException as error:  # noqa: BLE001 - raised again below
-            failure.append(error)
-
-    thread = threading.Thread(target=load, name="albor-load", daemon=True)
-    thread.start()
-    import uvicorn  # noqa: F401
-
-    thread.join()
-    if failure:
-        raise failure[0]
-    return result[0]
-
-
 def _warm_up(loaded: LoadedModel) -> float:
     """Complete once, so that the first person does not wait for page faults; returns ms."""
     from albor_serve.config import SamplingParams
@@ -217,20 +220,20 @@ def _warm_up(loaded: LoadedModel) -> float:
     return end.timings.prefill_ms
 
 
-def _greet(
-    served: object, loaded: LoadedModel, address: str, start_s: float, first_token_ms: float
-) -> None:
-    del served
+def _greeting(loaded: LoadedModel, address: str, start_s: float, first_token_ms: float) -> str:
     info = loaded.engine.backend.info
     fim = f"fill-in-the-middle: {loaded.template.family}" if loaded.template else "no FIM"
     example = json.dumps({"prompt": "def fib(n):\n", "max_tokens": 32, "temperature": 0})
-    print(
+    return (
         f"albor {__version__}: {loaded.name} ({loaded.description}, {fim}) on {info.device}, "
         f"{info.num_slots} slots of {loaded.engine.max_seq_len} tokens\n"
         f"listening on {address} after {start_s:.2f} s; first token in {first_token_ms:.0f} ms\n"
-        f"try: curl {address}/v1/completions -d '{example}'",
-        flush=True,
+        f"try: curl {address}/v1/completions -d '{example}'"
     )
+
+
+def _is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def _allowed_hosts(host: str) -> tuple[str, ...] | None:
@@ -283,7 +286,9 @@ class _ProgressLine:
 
     DELAY_S = 0.5
 
-    def __init__(self) -> None:
+    def __init__(self, stop: threading.Event | None = None) -> None:
+        """Once `stop` is set, `show` raises KeyboardInterrupt, which ends what it reports on."""
+        self._stop = stop
         self._started = time.perf_counter()
         self._bar: Progress | None = None
 
@@ -296,6 +301,8 @@ class _ProgressLine:
 
     def show(self, text: str, part: float) -> None:
         """Say what is being done and how much of it is, 0.0 to 1.0."""
+        if self._stop is not None and self._stop.is_set():
+            raise KeyboardInterrupt
         if not sys.stderr.isatty() or time.perf_counter() - self._started < self.DELAY_S:
             return
         if self._bar is None:

@@ -133,17 +133,18 @@ MAX_HEALED_BYTES: Final = 64
 
 _TAIL = re.compile(
     r"""
-      (?: (?<! [^\w\s] | _ ) (?: [^\w\s] | _ ) | [^\S\r\n] )? [^\W\d_]+ \Z  # a word and one sign
+      (?: (?<! [^\w\s] | [_ ] ) (?: [^\w\s] | _ ) | [^\S\r\n] )? [^\W\d_]+ \Z  # word, one sign
     | [ ]? \d+ \Z
     | [ ]? (?: [^\w\s] | _ )+ [\r\n]* \Z                                   # signs, line ends
-    | [^\S\r\n]* [\r\n]+ \Z
+    | (?: (?<= [^\w\s] | _ ) [\r\n]* | (?<! [^\w\s] | _ ) ) (?P<lines> \s* [\r\n]+ ) \Z
     | [^\S\r\n]+ \Z                                                        # indentation, spaces
     """,
     re.VERBOSE,
 )
 """What byte-level tokenizers split off last and what the next characters may still change:
-their pre-tokenizers keep a word with one sign or space before it, runs of signs with the line
-ends after them, and runs of spaces."""
+their pre-tokenizers keep a word with one sign or space before it, runs of signs with the space
+before and the line ends after them, and runs of spaces. An end of indentation counts as settled
+by the text before it, though a line end after it would make both one blank line."""
 
 
 def heal_text(text: str) -> tuple[str, str]:
@@ -159,7 +160,7 @@ def heal_text(text: str) -> tuple[str, str]:
     match = _TAIL.search(window)
     if match is None:
         return text, ""
-    tail = match.group()
+    tail = match["lines"] or match.group()
     if len(tail.encode("utf-8", "replace")) > MAX_HEALED_BYTES:
         return text, ""
     return text[: len(text) - len(tail)], tail

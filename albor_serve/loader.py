@@ -67,7 +67,9 @@ def load_model(
     path, folder = _resolve(source, report)
     header = open_gguf_header(path)
     train_seq_len = _metadata_int(header, "context_length", MAX_DEFAULT_SEQ_LEN)
-    max_seq_len = options.max_seq_len or min(train_seq_len, MAX_DEFAULT_SEQ_LEN)
+    max_seq_len = options.max_seq_len
+    if max_seq_len is None:
+        max_seq_len = min(train_seq_len, MAX_DEFAULT_SEQ_LEN)
     if max_seq_len > train_seq_len:
         raise ConfigError(
             f"--ctx is {max_seq_len}, but this model was made for {train_seq_len} tokens: lower it"

@@ -18,7 +18,7 @@ from albor_serve.api.errors import SupersededError
 from albor_serve.api.schemas import CompletionBody, Prompt
 from albor_serve.config import SamplingParams
 from albor_serve.engine import Engine, Ticket
-from albor_serve.errors import AlborError, PromptTooLongError, RequestError
+from albor_serve.errors import AlborError, EngineClosedError, PromptTooLongError, RequestError
 from albor_serve.fim import FimTemplate, build_fim_prompt
 from albor_serve.sequence import (
     Delta,
@@ -32,6 +32,9 @@ from albor_serve.sequence import (
 )
 
 __all__ = ["Answer", "Completion", "Job", "ServedModel", "Update", "plan_jobs"]
+
+MAX_JOBS = 64
+"""Answers that one request may ask for, over all its prompts; an empty queue takes as many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,13 @@ def plan_jobs(served: ServedModel, body: CompletionBody) -> list[Job]:
     prompts = body.prompts()
     if body.suffix is not None and len(prompts) > 1:
         raise RequestError("suffix needs exactly one prompt", param="suffix")
+    num_jobs = len(prompts) * body.num_candidates
+    if num_jobs > MAX_JOBS:
+        raise RequestError(
+            f"{len(prompts)} prompts with {body.num_candidates} answers each make {num_jobs} "
+            f"answers, but one request may ask for {MAX_JOBS}: send several requests",
+            param="n",
+        )
     group = secrets.token_hex(8)
     stops = body.stops()
     jobs = []
@@ -105,6 +115,12 @@ def _prompt_tokens(
 ) -> tuple[tuple[int, ...], bytes, str]:
     """(tokens, forced bytes, text to echo) of one prompt."""
     tokenizer = served.engine.tokenizer
+    if not isinstance(prompt, str) and not all(0 <= i < tokenizer.vocab_size for i in prompt):
+        raise RequestError(
+            f"a prompt token id is outside this model's vocabulary: use 0 to "
+            f"{tokenizer.vocab_size - 1}",
+            param="prompt",
+        )
     if body.suffix is not None:
         if served.template is None:
             raise RequestError(
@@ -134,12 +150,7 @@ def _prompt_tokens(
         if not ids:
             raise RequestError("the prompt is empty: give at least one character", param="prompt")
         return ids, b"", prompt if body.echo else ""
-    echo = ""
-    if body.echo:
-        if not all(0 <= i < tokenizer.vocab_size for i in prompt):
-            raise RequestError("a prompt token id is outside the vocabulary", param="prompt")
-        echo = tokenizer.decode(prompt).decode("utf-8", "replace")
-    return prompt, b"", echo
+    return prompt, b"", tokenizer.decode(prompt).decode("utf-8", "replace") if body.echo else ""
 
 
 def _sampling(body: CompletionBody, candidate: int) -> SamplingParams:
@@ -255,10 +266,7 @@ class Completion:
                 case Finished():
                     self._num_open -= 1
                     if event.reason == "cancelled":
-                        raise SupersededError(
-                            "the request was cancelled: a newer one of its session took its "
-                            "place, or the server is shutting down"
-                        )
+                        raise _cancelled(answer.job.request)
                     answer.reason = event.reason
                     answer.timings = event.timings
                     answer.prompt_tokens = event.prompt_tokens
@@ -270,6 +278,15 @@ class Completion:
             Update(index, "".join(parts), tuple(tokens.get(index, ())), self.answers[index].reason)
             for index, parts in texts.items()
         ]
+
+
+def _cancelled(request: GenerateRequest) -> AlborError:
+    if request.session is None:
+        return EngineClosedError("the server is shutting down: try again later")
+    return SupersededError(
+        "the request was cancelled: a newer one of its session took its place, or the server is "
+        "shutting down"
+    )
 
 
 def _fresh(error: AlborError) -> AlborError:

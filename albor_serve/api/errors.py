@@ -18,7 +18,14 @@ from albor_serve.errors import (
     UnknownModelError,
 )
 
-__all__ = ["PayloadTooLargeError", "SupersededError", "error_body", "error_response", "status_of"]
+__all__ = [
+    "LoadingError",
+    "PayloadTooLargeError",
+    "SupersededError",
+    "error_body",
+    "error_response",
+    "status_of",
+]
 
 RETRY_AFTER_S = 1
 
@@ -29,6 +36,10 @@ class PayloadTooLargeError(RequestError):
 
 class SupersededError(AlborError):
     """The request was cancelled by a newer one of its session, or by shutdown (HTTP 409)."""
+
+
+class LoadingError(AlborError):
+    """The model is not there yet (HTTP 503)."""
 
 
 def status_of(error: AlborError) -> int:
@@ -42,7 +53,7 @@ def status_of(error: AlborError) -> int:
             return 400
         case SupersededError():
             return 409
-        case QueueFullError() | QueueTimeoutError() | EngineClosedError():
+        case QueueFullError() | QueueTimeoutError() | EngineClosedError() | LoadingError():
             return 503
         case _:
             return 500
@@ -65,6 +76,8 @@ def error_body(error: AlborError) -> dict[str, Any]:
                 code = "queue_timeout"
             case EngineClosedError():
                 code = "shutting_down"
+            case LoadingError():
+                code = "loading"
             case BackendError():
                 code = "backend_error"
     kind = "invalid_request_error" if status < 500 else "server_error"

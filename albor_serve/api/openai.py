@@ -48,7 +48,9 @@ class CompletionStream:
         self._completion = completion
         self._head = _head(served)
         # Everything but the choice is the same in all chunks: encode it once.
+        usage = ', "usage": null' if self._wants_usage else ""
         self._before = json.dumps({**self._head, "choices": []}).removesuffix("]}")
+        self._after = f"]{usage}}}\n\n"
         self._offsets: dict[int, TokenOffsets] = {}
 
     def first(self) -> Iterator[bytes]:
@@ -77,8 +79,7 @@ class CompletionStream:
 
     def last(self) -> Iterator[bytes]:
         """The usage, if asked for, and the end mark."""
-        options = self._body.stream_options
-        if options is not None and options.include_usage:
+        if self._wants_usage:
             usage = {**self._head, "choices": [], "usage": _usage(self._completion.answers)}
             yield b"data: " + json.dumps(usage).encode() + b"\n\n"
         yield b"data: [DONE]\n\n"
@@ -92,7 +93,12 @@ class CompletionStream:
         self, index: int, text: str, logprobs: dict[str, Any] | None, reason: str | None
     ) -> bytes:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-        return f"data: {self._before}{json.dumps(choice)}]}}\n\n".encode()
+        return f"data: {self._before}{json.dumps(choice)}{self._after}".encode()
+
+    @property
+    def _wants_usage(self) -> bool:
+        options = self._body.stream_options
+        return options is not None and options.include_usage
 
     def _logprobs(self, update: Update) -> dict[str, Any]:
         offsets = self._offsets.get(update.index)
@@ -196,10 +202,15 @@ def _logprobs(
 def _top(token: TokenInfo, piece: Callable[[int], bytes]) -> dict[str, float] | None:
     if token.logprob is None:
         return None
-    own = token.token_id
-    top = {_as_text(piece(i)): lp for i, lp in reversed(token.top_logprobs) if i != own}
-    # The chosen token is always among them, however unlikely it was.
-    return {_as_text(token.token_bytes): token.logprob, **top}
+    # The chosen token is always among them, however unlikely it was. Tokens that are parts of
+    # characters look alike: the likeliest stays.
+    own_text = _as_text(token.token_bytes)
+    top: dict[str, float] = {}
+    for token_id, logprob in token.top_logprobs:
+        top.setdefault(
+            own_text if token_id == token.token_id else _as_text(piece(token_id)), logprob
+        )
+    return {**top, own_text: token.logprob}
 
 
 def _as_text(piece: bytes) -> str:

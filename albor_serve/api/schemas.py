@@ -90,7 +90,7 @@ class CompletionBody(_Body):
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     logit_bias: Annotated[Any, WithJsonSchema(_BIAS_SCHEMA)] = None
     ignore_eos: bool | None = False
     user: str | None = None
@@ -151,9 +151,11 @@ class CompletionBody(_Body):
         pairs = []
         for key, value in bias.items():
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not re.fullmatch(r"[0-9]{1,9}", key) or not is_number:
+            # The range is checked here already: a whole number may be too large for a float.
+            if not re.fullmatch(r"[0-9]{1,9}", key) or not is_number or not -100 <= value <= 100:
                 raise RequestError(
-                    "logit_bias must map token ids (as strings) to numbers", param="logit_bias"
+                    "logit_bias must map token ids (as strings) to numbers, -100 to 100",
+                    param="logit_bias",
                 )
             pairs.append((int(key), float(value)))
         return tuple(pairs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +12,18 @@ from albor_serve.errors import AlborError, ConfigError
 
 __all__ = ["main"]
 
+PEER_HINT = "pip install 'albor[bench]', or name a program with --llama-server"
 HELP = """\
 examples:
   albor-bench decode                                  the embedded model and two larger shapes
   albor-bench decode model.gguf --peers none          one file, albor alone
-  albor-bench decode --json out.json --plot out.png
+  albor-bench decode --http --json out.json --plot out.png
   albor-bench perplexity a.gguf b.gguf --text src/*.py
   albor-bench infill --data HumanEval-SingleLineInfilling.jsonl.gz --every 10
 
+Peers: llama-server (as its users start it), llama-server-noflash (without flash attention, which
+slows decoding on CPUs; albor does without it, too), llama-cpp-python (as its users call it),
+llama-cpp-python-loop (its token loop alone, on the same native library as albor's).
 The peers llama-server and matplotlib come with: pip install 'albor[bench]'
 Close other programs first: engines whose threads wait for each other suffer most.
 """
@@ -37,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_perplexity(commands)
     _add_infill(commands)
     options = parser.parse_args(argv)
+    options.command = shlex.join(["albor-bench", *(sys.argv[1:] if argv is None else argv)])
     try:
         code: int = options.run(options)
     except ConfigError as error:
@@ -65,8 +71,19 @@ def _add_decode(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--threads", type=int, default=None, help="(the physical cores)")
     parser.add_argument(
         "--peers",
-        default="llama-server,llama-cpp-python,llama-cpp-python-loop",
-        help="comma-separated, or none (%(default)s)",
+        default=None,
+        help="comma-separated, or none (all that are installed; see below)",
+    )
+    parser.add_argument(
+        "--http",
+        action="store_true",
+        help="also ask albor-serve and llama-server over HTTP, streamed, with the client's clock",
+    )
+    parser.add_argument(
+        "--llama-server",
+        type=Path,
+        metavar="PROGRAM",
+        help="a llama-server of your own instead of the one inside the package xllamacpp",
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw ms/token (.png, .svg)")
@@ -80,23 +97,27 @@ def _decode(options: argparse.Namespace) -> int:
     from albor_serve.backends.llamacpp_native import num_physical_cores
     from albor_serve.bench.decode import DecodeSettings, measure_model
     from albor_serve.bench.machine import describe_machine
+    from albor_serve.bench.peers import PEERS
     from albor_serve.bench.report import decode_json, plot_decode, print_decode, write_text
 
     for name, low in (("prompt_len", 2), ("new", 2), ("repeats", 1)):
         if getattr(options, name) < low:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {low}")
-    peers = () if options.peers == "none" else tuple(options.peers.split(","))
-    unknown = set(peers) - {"llama-server", "llama-cpp-python", "llama-cpp-python-loop"}
-    if unknown:
-        raise ConfigError(f"no such peer: {', '.join(sorted(unknown))}; see --help")
     settings = DecodeSettings(
         prompt_len=options.prompt_len,
         num_new=options.new,
         repeats=options.repeats,
         threads=options.threads or num_physical_cores(),
-        kinds=("albor", "albor+drafts", *peers),
+        kinds=_chosen_kinds(options),
+        llama_server=str(options.llama_server) if options.llama_server else None,
+        command=options.command,
     )
     models = _chosen_models(options)
+    # After all that can be wrong with the arguments: an error is one line.
+    if options.peers is None:
+        for peer in PEERS:
+            if peer not in settings.kinds:
+                print(f"left out: {peer}; {PEER_HINT}", file=sys.stderr)
     console = Console(width=None if sys.stdout.isatty() else 140)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("measuring the machine", total=1.0)
@@ -112,6 +133,29 @@ def _decode(options: argparse.Namespace) -> int:
     if options.plot:
         plot_decode(options.plot, machine, figures)
     return 0
+
+
+def _chosen_kinds(options: argparse.Namespace) -> tuple[str, ...]:
+    """Names of the engines to measure, albor first."""
+    from albor_serve.bench.peers import HTTP_SUFFIX, NO_FLASH, PEERS, available_peers
+
+    available = set(available_peers())
+    if options.llama_server is not None:
+        available |= {"llama-server", NO_FLASH}
+    if options.peers is None:
+        peers = tuple(peer for peer in PEERS if peer in available)
+    else:
+        peers = () if options.peers == "none" else tuple(dict.fromkeys(options.peers.split(",")))
+    for peer in peers:
+        if peer not in PEERS:
+            raise ConfigError(f"no such peer: {peer}; there are {', '.join(PEERS)} and none")
+        if peer not in available:
+            raise ConfigError(f"the peer {peer} is not installed: {PEER_HINT}")
+    kinds = ("albor", "albor+drafts", *peers)
+    if options.http:
+        asked = [kind for kind in ("albor", "llama-server", NO_FLASH) if kind in kinds]
+        kinds += tuple(kind + HTTP_SUFFIX for kind in asked)
+    return kinds
 
 
 def _chosen_models(options: argparse.Namespace) -> list[tuple[str, Path]]:

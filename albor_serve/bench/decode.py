@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import random
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final
+from typing import Final
 
+from albor_serve.bench.load import LoadMeter
 from albor_serve.bench.machine import Machine, read_bandwidth
+from albor_serve.bench.peers import HTTP_SUFFIX, Peer, PeerOptions, Worker, open_peer
 from albor_serve.checkpoint.gguf_header import GgufHeader, open_gguf_header
-from albor_serve.errors import BackendError
 
 __all__ = ["DecodeSettings", "EngineFigures", "ModelFigures", "Stat", "measure_model"]
 
 ROW_COUNTS: Final = (1, 2, 3, 4, 6, 8, 16, 32)
+BARE: Final = "albor-backend"
+"""The backend without the engine: always measured, for it alone tells the cost of k rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,10 @@ class DecodeSettings:
     repeats: int = 5
     threads: int = 1
     kinds: tuple[str, ...] = ("albor", "albor+drafts", "llama-server", "llama-cpp-python")
+    llama_server: str | None = None
+    """A llama-server program; None takes the one inside xllamacpp."""
+    command: str = ""
+    """What was typed, so that others can repeat it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,11 @@ class EngineFigures:
     cached_first_token_ms: Stat
     """A prompt whose all tokens but one are in the cache."""
     rss_bytes: int
+    build: str = ""
+    """Instruction sets that its llama.cpp was compiled for; "" where it doesn't tell."""
+    idle_cores: float = 0.0
+    """CPU time it used while others had their turn, over that time: engines that spin while they
+    wait take it from the one that is measured."""
 
 
 @dataclass(slots=True)
@@ -77,6 +86,8 @@ class ModelFigures:
     """Measured read bandwidth for a buffer of this size; above DRAM's if a cache holds it."""
     engines: list[EngineFigures] = field(default_factory=list)
     rows_ms: dict[int, float] = field(default_factory=dict)
+    foreign_cores: Stat | None = None
+    """CPU time that other programs took during a round, over its time; None where unknown."""
 
     def floor_ms(self, machine: Machine) -> float:
         """Least time a token can take: its weights read once, at the faster of both speeds."""
@@ -86,6 +97,10 @@ class ModelFigures:
     def figures(self, kind: str) -> EngineFigures | None:
         """Results of one engine, if it was measured."""
         return next((engine for engine in self.engines if engine.kind == kind), None)
+
+    def ours(self, kind: str) -> EngineFigures | None:
+        """What `kind` is compared with: albor, asked in the same way."""
+        return self.figures("albor" + (HTTP_SUFFIX if kind.endswith(HTTP_SUFFIX) else ""))
 
 
 def measure_model(
@@ -108,51 +123,43 @@ def measure_model(
         cache_gb_per_s=read_bandwidth(weight_bytes, settings.threads) / 1e9,
     )
     context = settings.prompt_len + settings.num_new + 64
-    workers = []
-    try:
-        for at, kind in enumerate(settings.kinds):
-            progress(f"{name}: loading {kind}", at / len(settings.kinds))
-            workers.append(_Worker(kind, path, context, settings.threads))
-        tokens = _prompt(workers[0], header, settings.prompt_len)
-        samples: dict[str, list[tuple[float, float, float]]] = {w.kind: [] for w in workers}
-        for worker in workers:
-            worker.generate(tokens, 8, fresh=True)  # warm-up
+    options = PeerOptions(
+        context, settings.threads, Path(settings.llama_server) if settings.llama_server else None
+    )
+    with contextlib.ExitStack() as stack:
+        peers: list[Peer] = []
+        for at, kind in enumerate((BARE, *settings.kinds)):
+            progress(f"{name}: loading {kind}", at / (len(settings.kinds) + 1))
+            peers.append(stack.enter_context(open_peer(kind, path, options)))
+        bare = peers[0]
+        assert isinstance(bare, Worker)
+        tokens = _prompt(bare, header, settings.prompt_len)
+        for peer in peers:
+            peer.generate(tokens, 8, fresh=True)  # warm-up
+        samples: dict[str, list[_Round]] = {peer.kind: [] for peer in peers}
+        meter = LoadMeter(peers)
         for repeat in range(settings.repeats):
-            for worker in workers:
-                progress(f"{name}: {worker.kind}", repeat / settings.repeats)
-                samples[worker.kind].append(_one_round(worker, tokens, settings))
-        for worker in workers:
-            rounds = samples[worker.kind]
-            cold = [first for first, _, _ in rounds]
-            figures.engines.append(
-                EngineFigures(
-                    kind=worker.kind,
-                    load_s=worker.load_s,
-                    decode_ms=Stat.of([each for _, each, _ in rounds]),
-                    prefill_tokens_per_s=Stat.of([len(tokens) * 1000 / ms for ms in cold]),
-                    cold_first_token_ms=Stat.of(cold),
-                    cached_first_token_ms=Stat.of([cached for _, _, cached in rounds]),
-                    rss_bytes=worker.ask(what="memory")["rss_bytes"],
-                )
-            )
-    finally:
-        for worker in workers:
-            worker.close()
-    progress(f"{name}: rows", 0.9)
-    with _Worker("albor-backend", path, context, settings.threads) as worker:
+            for peer in peers:
+                progress(f"{name}: {peer.kind}", repeat / settings.repeats)
+                with meter.turn(peer):
+                    samples[peer.kind].append(_one_round(peer, tokens, settings))
+        for peer in peers:
+            figures.engines.append(_summary(peer, samples[peer.kind], len(tokens), meter))
+        if meter.foreign_cores:
+            figures.foreign_cores = Stat.of(meter.foreign_cores)
+        progress(f"{name}: rows", 0.9)
         counts = [count for count in ROW_COUNTS if count < settings.num_new + 64]
-        rows = worker.ask(what="rows", counts=counts, context_len=settings.prompt_len)["rows"]
-        figures.rows_ms = {int(count): ms for count, ms in rows.items()}
+        figures.rows_ms = bare.rows(counts, settings.prompt_len)
     return figures
 
 
-def _prompt(albor: _Worker, header: GgufHeader, prompt_len: int) -> list[int]:
+def _prompt(bare: Worker, header: GgufHeader, prompt_len: int) -> list[int]:
     """Real code for a trained model, so that drafts are as good as in life; random ids for one
     with random weights, whose vocabulary has no words."""
     if not header.metadata.string("general.name", "").startswith("random-"):
         # This package's own source: code that no model was trained on.
         text = "".join(path.read_text() for path in sorted(Path(__file__).parent.glob("*.py")))
-        tokens: list[int] = albor.ask(what="tokenize", text=text)["tokens"]
+        tokens = bare.tokenize(text)
         if len(tokens) >= prompt_len:
             return tokens[:prompt_len]
     vocab_size = len(header.metadata.raw_strings("tokenizer.ggml.tokens"))
@@ -160,80 +167,33 @@ def _prompt(albor: _Worker, header: GgufHeader, prompt_len: int) -> list[int]:
     return [rng.randrange(vocab_size // 4, vocab_size) for _ in range(prompt_len)]
 
 
-def _one_round(
-    worker: _Worker, tokens: list[int], settings: DecodeSettings
-) -> tuple[float, float, float]:
-    """(cold first token ms, ms a token, first token ms with all but one token cached)."""
-    run = worker.generate(tokens, settings.num_new, fresh=True)
-    worker.generate(tokens[:-1], 1, fresh=False)
-    cached = worker.generate(tokens, 1, fresh=False)
-    return run["first_token_ms"], run["decode_ms"], cached["first_token_ms"]
+@dataclass(frozen=True, slots=True)
+class _Round:
+    cold_first_token_ms: float
+    decode_ms: float
+    cached_first_token_ms: float
+    """With all but one prompt token cached."""
 
 
-class _Worker:
-    """A worker process; see bench/worker.py."""
+def _one_round(peer: Peer, tokens: list[int], settings: DecodeSettings) -> _Round:
+    run = peer.generate(tokens, settings.num_new, fresh=True)
+    peer.generate(tokens[:-1], 1, fresh=False)
+    cached = peer.generate(tokens, 1, fresh=False)
+    return _Round(run.first_token_ms, run.decode_ms, cached.first_token_ms)
 
-    def __init__(self, kind: str, path: Path, context: int, threads: int) -> None:
-        self.kind = kind
-        options = json.dumps({"context": context, "threads": threads})
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "albor_serve.bench.worker", kind, str(path), options],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        try:
-            self.load_s: float = self._read()["load_s"]
-        except BaseException:
-            self.close()
-            raise
 
-    def __enter__(self) -> _Worker:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def generate(self, tokens: list[int], num_new: int, *, fresh: bool) -> dict[str, Any]:
-        """One generation; checks that the engine made as many tokens as it was asked for."""
-        answer = self.ask(what="generate", tokens=tokens, new=num_new, fresh=fresh)
-        if answer["num_tokens"] != num_new:
-            raise BackendError(
-                f"{self.kind} made {answer['num_tokens']} tokens instead of {num_new}: its times "
-                f"can't be compared"
-            )
-        return answer
-
-    def ask(self, **command: Any) -> dict[str, Any]:
-        """Send a command and wait for its result."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.kill()
-        self._process.wait()
-        self._process.stdin.close()
-        self._process.stdout.close()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        # A native library may print to the same pipe: results are the lines that are JSON.
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                answer: dict[str, Any] = json.loads(line)
-                return answer
-        raise BackendError(
-            f"the worker for {self.kind} ended: run python -m albor_serve.bench.worker "
-            f"{self.kind} to see why"
-        )
+def _summary(
+    peer: Peer, rounds: Sequence[_Round], prompt_len: int, meter: LoadMeter
+) -> EngineFigures:
+    cold = [each.cold_first_token_ms for each in rounds]
+    return EngineFigures(
+        kind=peer.kind,
+        load_s=peer.load_s,
+        decode_ms=Stat.of([each.decode_ms for each in rounds]),
+        prefill_tokens_per_s=Stat.of([prompt_len * 1000 / ms for ms in cold]),
+        cold_first_token_ms=Stat.of(cold),
+        cached_first_token_ms=Stat.of([each.cached_first_token_ms for each in rounds]),
+        rss_bytes=peer.rss_bytes(),
+        build=peer.build,
+        idle_cores=meter.idle_cores(peer),
+    )

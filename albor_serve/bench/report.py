@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table
@@ -18,7 +18,14 @@ from albor_serve.errors import ConfigError
 
 __all__ = ["decode_json", "plot_decode", "print_decode", "write_text"]
 
-OURS = "albor"
+OURS: Final = "albor"
+FOREIGN_LIMIT: Final = 0.1
+"""Cores that other programs may use before the figures are called into question."""
+CPU_FEATURES: Final = (
+    *("AVX", "AVX2", "AVX_VNNI", "AVX512", "AVX512_VBMI", "AVX512_VNNI", "AVX512_BF16"),
+    *("AMX_INT8", "FMA", "F16C", "NEON", "DOTPROD", "MATMUL_INT8", "SVE"),
+)
+"""Of llama.cpp's list, what decides speed."""
 
 
 def print_decode(
@@ -29,7 +36,8 @@ def print_decode(
         f"{machine.cpu}, {settings.threads} threads, {machine.memory_gb:.0f} GB, "
         f"{machine.dram_gb_per_s:.1f} GB/s from memory; {machine.system}; commit {machine.commit}\n"
         f"prompt {settings.prompt_len} tokens, {settings.num_new} new, median of "
-        f"{settings.repeats} interleaved rounds; ratio: albor's speed over the other's"
+        f"{settings.repeats} interleaved rounds; ratio: albor's speed over the other's, +http "
+        f"against +http\n{settings.command}".rstrip()
     )
     for model in models:
         table = Table(
@@ -49,13 +57,42 @@ def print_decode(
             "1 new token ms",
             "memory MB",
         ):
-            table.add_column(heading, justify="left" if heading == "engine" else "right")
-        ours = model.figures(OURS)
+            name = heading == "engine"
+            table.add_column(heading, justify="left" if name else "right", no_wrap=name)
         for engine in model.engines:
-            table.add_row(*_cells(engine, ours, model.floor_ms(machine)))
+            table.add_row(*_cells(engine, model.ours(engine.kind), model.floor_ms(machine)))
         console.print(table)
         rows = "  ".join(f"{count}: {ms:.2f}" for count, ms in model.rows_ms.items())
-        console.print(f"ms for k rows after {settings.prompt_len} tokens: {rows}\n")
+        console.print(f"ms for k rows after {settings.prompt_len} tokens: {rows}")
+        for line in _doubts(model):
+            console.print(f"[yellow]{line}")
+        console.print()
+
+
+def _doubts(model: ModelFigures) -> list[str]:
+    """What a reader must know before believing the table."""
+    lines = []
+    foreign = model.foreign_cores
+    if foreign is not None and foreign.median > FOREIGN_LIMIT:
+        lines.append(
+            f"Other programs used {foreign.median:.1f} cores (quartiles {foreign.low:.1f} to "
+            f"{foreign.high:.1f}) meanwhile: close them and repeat."
+        )
+    lines += [
+        f"{engine.kind} used {engine.idle_cores:.1f} cores while others had their turn."
+        for engine in model.engines
+        if engine.idle_cores > FOREIGN_LIMIT
+    ]
+    ours = model.figures(OURS)
+    mine = set(ours.build.split()) if ours else set()
+    for engine in model.engines:
+        missing = sorted(mine.intersection(CPU_FEATURES) - set(engine.build.split()))
+        if engine.build and missing:
+            lines.append(
+                f"{engine.kind} was compiled without {' '.join(missing)}, which albor's llama.cpp "
+                f"uses: part of the ratio is the compiler's."
+            )
+    return lines
 
 
 def _cells(engine: EngineFigures, ours: EngineFigures | None, floor_ms: float) -> list[str]:
@@ -110,19 +147,21 @@ def plot_decode(path: Path, machine: Machine, models: Sequence[ModelFigures]) ->
         raise ConfigError(
             "--plot needs matplotlib: pip install 'albor[bench]', or leave it out"
         ) from error
+    num_bars = max(len(model.engines) for model in models)
     figure, axes = pyplot.subplots(
-        1, len(models), figsize=(3.2 * len(models) + 1, 3.6), squeeze=False
+        1, len(models), figsize=(4.2 * len(models) + 0.4, 0.3 * num_bars + 1.4), squeeze=False
     )
     for axis, model in zip(axes[0], models, strict=True):
         names = [engine.kind for engine in model.engines]
         stats = [engine.decode_ms for engine in model.engines]
         spread = [[s.median - s.low for s in stats], [s.high - s.median for s in stats]]
         colours = ["#2a7f62" if name.startswith(OURS) else "#9aa5ab" for name in names]
-        axis.bar(names, [s.median for s in stats], yerr=spread, color=colours, capsize=3)
-        axis.axhline(model.floor_ms(machine), color="#c0392b", linewidth=1, linestyle="--")
-        axis.set_title(f"{model.name} Q4_0", fontsize=10)
-        axis.set_ylabel("ms per token")
-        axis.tick_params(axis="x", labelrotation=35, labelsize=8)
+        axis.barh(names, [s.median for s in stats], xerr=spread, color=colours, capsize=3)
+        axis.axvline(model.floor_ms(machine), color="#c0392b", linewidth=1, linestyle="--")
+        axis.invert_yaxis()
+        axis.set_title(model.name, fontsize=10)
+        axis.set_xlabel("ms per token")
+        axis.tick_params(axis="y", labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle("dashed: weights read once at the measured bandwidth", fontsize=8)
     figure.tight_layout()

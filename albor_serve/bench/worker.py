@@ -7,32 +7,22 @@ each line in is a JSON command, each line out its result.
 
 from __future__ import annotations
 
-import http.client
 import json
+import re
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from albor_serve.bench.peers import NO_FLASH, Run, llama_completion
 from albor_serve.config import EngineConfig, SamplingParams
-from albor_serve.errors import BackendError, ConfigError
+from albor_serve.errors import ConfigError
 from albor_serve.sequence import Delta, Event, Failed, Finished, GenerateRequest
 
-__all__ = ["KINDS", "Run", "main"]
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One generation, as the engine saw it."""
-
-    first_token_ms: float
-    """From the request to the first token."""
-    decode_ms_per_token: float
-    """Mean over the tokens after the first."""
-    num_tokens: int
+__all__ = ["KINDS", "main"]
 
 
 class Measured(Protocol):
@@ -40,9 +30,6 @@ class Measured(Protocol):
 
     def generate(self, tokens: list[int], num_new: int, *, fresh: bool) -> Run:
         """Greedy generation of exactly `num_new` tokens; `fresh` forgets the prompt cache."""
-
-    def rows(self, counts: list[int], context_len: int) -> dict[int, float]:
-        """Milliseconds of one step with so many rows; {} where it can't be asked."""
 
 
 class _Albor:
@@ -65,14 +52,6 @@ class _Albor:
         decode_ms = (times[-1] - times[0]) * 1000 / (num_new - 1) if num_new > 1 else 0.0
         first = end.timings.first_token_ms
         return Run(first or 0.0, decode_ms, end.timings.num_new_tokens)
-
-    def rows(self, counts: list[int], context_len: int) -> dict[int, float]:
-        del counts, context_len
-        return {}
-
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text."""
-        return self._backend.tokenizer.encode(text)
 
     def _run(self, tokens: list[int], num_new: int) -> tuple[Finished, list[float]]:
         times: list[float] = []
@@ -124,7 +103,12 @@ class _Backend:
         each = decode_s * 1000 / (num_new - 1) if num_new > 1 else 0.0
         return Run((first - started) * 1000, each, num_new)
 
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        return self._backend.tokenizer.encode(text)
+
     def rows(self, counts: list[int], context_len: int) -> dict[int, float]:
+        """Milliseconds of one step with so many rows: median of 5."""
         from albor_serve.backends.base import ExtendStep
 
         backend = self._backend
@@ -167,10 +151,6 @@ class _LlamaCppPython:
         each = (times[-1] - times[0]) * 1000 / (num_new - 1) if num_new > 1 else 0.0
         return Run((times[0] - started) * 1000, each, len(times))
 
-    def rows(self, counts: list[int], context_len: int) -> dict[int, float]:
-        del counts, context_len
-        return {}
-
     def _times(self, tokens: list[int], num_new: int) -> list[float]:
         """When each token came."""
         end_of_text = {self._llama.token_eos(): -100.0}
@@ -202,7 +182,7 @@ class _LlamaCppPythonLoop(_LlamaCppPython):
 class _LlamaServer:
     """llama-server inside this process (PyPI xllamacpp), asked over loopback HTTP."""
 
-    def __init__(self, path: Path, context: int, threads: int) -> None:
+    def __init__(self, path: Path, context: int, threads: int, has_flash: bool) -> None:
         try:
             import xllamacpp
         except ImportError as error:
@@ -215,38 +195,17 @@ class _LlamaServer:
         params.n_parallel = 1
         params.cpuparams.n_threads = threads
         params.cpuparams_batch.n_threads = threads
+        if not has_flash:
+            flash = xllamacpp.llama_flash_attn_type
+            params.flash_attn_type = flash.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.ui = False
         params.verbosity = -1
         self._server = xllamacpp.Server(params)
-        self._address = self._server.listening_address.removeprefix("http://")
+        self.address = self._server.listening_address.removeprefix("http://")
 
     def generate(self, tokens: list[int], num_new: int, *, fresh: bool) -> Run:
-        body = {
-            "prompt": tokens,
-            "n_predict": num_new,
-            "temperature": 0,
-            "samplers": [],
-            "ignore_eos": True,
-            "cache_prompt": not fresh,
-        }
-        # A connection for each request: it drops idle ones while the others have their turn.
-        connection = http.client.HTTPConnection(self._address, timeout=600)
-        try:
-            connection.request("POST", "/completion", json.dumps(body))
-            response = connection.getresponse()
-            answer = json.loads(response.read())
-        finally:
-            connection.close()
-        if response.status != 200:
-            raise BackendError(f"llama-server answered {response.status}: see its log")
         # Its own clocks, without HTTP: what is most favourable to it.
-        timings = answer["timings"]
-        each = timings["predicted_ms"] / max(timings["predicted_n"] - 1, 1)
-        return Run(timings["prompt_ms"], each, timings["predicted_n"])
-
-    def rows(self, counts: list[int], context_len: int) -> dict[int, float]:
-        del counts, context_len
-        return {}
+        return llama_completion(self.address, tokens, num_new, fresh)
 
 
 KINDS: dict[str, Callable[[Path, int, int], Measured]] = {
@@ -255,7 +214,8 @@ KINDS: dict[str, Callable[[Path, int, int], Measured]] = {
     "albor-backend": _Backend,
     "llama-cpp-python": _LlamaCppPython,
     "llama-cpp-python-loop": _LlamaCppPythonLoop,
-    "llama-server": _LlamaServer,
+    "llama-server": lambda path, context, threads: _LlamaServer(path, context, threads, True),
+    NO_FLASH: lambda path, context, threads: _LlamaServer(path, context, threads, False),
 }
 """What can be measured, by name."""
 
@@ -267,7 +227,8 @@ def main(arguments: list[str]) -> int:
     out = sys.stdout
     started = time.perf_counter()
     measured = KINDS[kind](path, options["context"], options["threads"])
-    print(json.dumps({"load_s": time.perf_counter() - started}), file=out, flush=True)
+    load_s = time.perf_counter() - started
+    print(json.dumps({"load_s": load_s, "build": _build(kind)}), file=out, flush=True)
     for line in sys.stdin:
         print(json.dumps(_answer(measured, json.loads(line))), file=out, flush=True)
     return 0
@@ -276,22 +237,36 @@ def main(arguments: list[str]) -> int:
 def _answer(measured: Measured, command: dict[str, Any]) -> dict[str, Any]:
     match command["what"]:
         case "generate":
-            run = measured.generate(command["tokens"], command["new"], fresh=command["fresh"])
-            return {
-                "first_token_ms": run.first_token_ms,
-                "decode_ms": run.decode_ms_per_token,
-                "num_tokens": run.num_tokens,
-            }
-        case "rows":
-            rows = measured.rows(command["counts"], command["context_len"])
-            return {"rows": rows}
-        case "tokenize" if isinstance(measured, _Albor):
+            return asdict(
+                measured.generate(command["tokens"], command["new"], fresh=command["fresh"])
+            )
+        case "rows" if isinstance(measured, _Backend):
+            return {"rows": measured.rows(command["counts"], command["context_len"])}
+        case "tokenize" if isinstance(measured, _Backend):
             return {"tokens": measured.tokenize(command["text"])}
-        case "memory":
-            status = Path("/proc/self/status").read_text()
-            [resident] = [line for line in status.splitlines() if line.startswith("VmRSS:")]
-            return {"rss_bytes": int(resident.split()[1]) * 1024}
+        case "address" if isinstance(measured, _LlamaServer):
+            return {"address": measured.address}
     raise ConfigError(f"unknown measurement {command['what']!r}")
+
+
+def _build(kind: str) -> str:
+    """Instruction sets that this engine's llama.cpp was compiled for."""
+    if kind.startswith("llama-server"):
+        import xllamacpp
+
+        text = xllamacpp.get_system_info()
+    else:
+        from albor_serve.backends.llamacpp_native import load_library
+
+        text = load_library().llama_print_system_info()
+    return enabled_features(text)
+
+
+def enabled_features(system_info: str | bytes) -> str:
+    """The names that llama.cpp's line of "NAME = 1 | NAME = 0" says are there."""
+    if isinstance(system_info, bytes):
+        system_info = system_info.decode("utf-8", "replace")
+    return " ".join(re.findall(r"(\w+) = 1", system_info))
 
 
 if __name__ == "__main__":

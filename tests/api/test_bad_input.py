@@ -66,6 +66,9 @@ def check_alive(http: httpx.Client) -> None:
         ({"prompt": [1 << 80]}, "prompt"),
         ({"prompt": SECRET * 1000}, "prompt"),
         ({"prompt": [-1], "echo": True}, "prompt"),
+        ({"prompt": [-1], "suffix": "a"}, "prompt"),
+        ({"prompt": [1 << 80], "suffix": "a"}, "prompt"),
+        ({"prompt": ["a"] * 16, "n": 5}, "n"),
         ({"prompt": ["a", "b"], "suffix": SECRET}, "suffix"),
         ({"suffix": 5}, "suffix"),
         ({"suffix": SECRET, "echo": True}, "echo"),
@@ -96,11 +99,13 @@ def check_alive(http: httpx.Client) -> None:
         ({"presence_penalty": 3}, "presence_penalty"),
         ({"frequency_penalty": -3}, "frequency_penalty"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty"),
         ({"logit_bias": {SECRET: 1}}, "logit_bias"),
         ({"logit_bias": {"5": SECRET}}, "logit_bias"),
         ({"logit_bias": {"5": 101}}, "logit_bias"),
         ({"logit_bias": {"512": 1}}, "logit_bias"),
         ({"logit_bias": [1]}, "logit_bias"),
+        ({"logit_bias": {"5": 10**400}}, "logit_bias"),
         ({"logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias"),
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
@@ -167,6 +172,7 @@ def test_an_unknown_model_is_404(http: httpx.Client) -> None:
 def test_unknown_urls_and_methods(http: httpx.Client) -> None:
     check_error(http.get(f"/{SECRET}"), 404)
     check_error(http.get(URL), 405)
+    assert http.get(URL).headers["allow"] == "POST"
 
 
 def test_a_body_that_is_too_large_is_refused_unread(live: Live, http: httpx.Client) -> None:

@@ -127,8 +127,8 @@ def test_a_full_queue_is_503_with_retry_after(slow: Slow) -> None:
     assert refused.status_code == 503
     assert refused.headers["retry-after"] == "1"
     assert refused.json()["error"]["code"] == "queue_full"
-    stuck = httpx.get(slow.live.url + "/health")
-    assert stuck.status_code == 503
+    # Full of answers that get on is busy, not broken.
+    assert httpx.get(slow.live.url + "/health").status_code == 200
     stop.set()
     for thread in (*threads, waiting):
         thread.join(10)
@@ -161,6 +161,22 @@ def test_health_tells_a_dead_backend(slow: Slow) -> None:
     assert health.status_code == 503
     assert health.json()["error"]["message"]
     assert slow.http.post(URL, json={"prompt": "a"}).status_code == 500
+
+
+def test_health_tells_a_stuck_backend_and_asks_it_once(slow: Slow) -> None:
+    slow.backend.ms_per_token = 2000.0
+    answers: list[int] = []
+
+    def ask() -> None:
+        answers.append(httpx.get(slow.live.url + "/health", timeout=20).status_code)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert answers == [503] * 4
+    assert slow.live.engine.stats().num_requests == 1
 
 
 def test_a_deadline_gives_the_text_so_far(slow: Slow) -> None:

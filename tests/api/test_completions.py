@@ -100,6 +100,7 @@ def test_usage_comes_in_a_last_chunk_without_choices(http: httpx.Client) -> None
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["id"] == chunks[0]["id"]
     assert chunks[-1]["usage"]["completion_tokens"] == 8
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
 
 
 def test_n_choices_with_seeds(http: httpx.Client) -> None:
@@ -141,6 +142,7 @@ def test_logprobs_in_the_legacy_shape(http: httpx.Client) -> None:
     ):
         assert 3 <= len(top) <= 4
         assert top[token] == own == max(top.values())
+        assert list(top.values()) == sorted(top.values(), reverse=True)
     assert logprobs["text_offset"][0] == 0
     assert all(
         len(top) == 1 for top in ask(http, logprobs=0)["choices"][0]["logprobs"]["top_logprobs"]
@@ -232,6 +234,7 @@ def test_model_names(http: httpx.Client) -> None:
 
 def test_health_and_home(http: httpx.Client) -> None:
     assert http.get("/health").json()["status"] == "ok"
+    assert http.head("/health").status_code == 200
     assert "albor-tiny" in http.get("/").text
     document = http.get("/openapi.json").json()
     schema = document["paths"][URL]["post"]["requestBody"]["content"]["application/json"]["schema"]

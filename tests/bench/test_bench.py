@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from albor_serve.bench.cli import main
-from albor_serve.bench.decode import EngineFigures, ModelFigures, Stat
+from albor_serve.bench.decode import DecodeSettings, EngineFigures, ModelFigures, Stat
 from albor_serve.bench.infill import CURSORS, Problem, score_infill
 from albor_serve.bench.machine import Machine, describe_machine, read_bandwidth
+from albor_serve.bench.report import print_decode
 from albor_serve.bench.shapes import SHAPES, shape_gguf
 from albor_serve.checkpoint import open_checkpoint
 from albor_serve.config import EngineConfig, ModelConfig
@@ -25,6 +27,12 @@ TINY = ModelConfig("llama", 512, 64, 128, 2, 4, 2, 16, 256, tie_embeddings=True)
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shape_gguf("tiny", TINY, tmp_path_factory.mktemp("shapes"))
+
+
+@pytest.fixture(autouse=True)
+def _small_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Touching a gigabyte for the first time takes seconds on some virtual machines.
+    monkeypatch.setattr("albor_serve.bench.machine.DRAM_BYTES", 1 << 26)
 
 
 def test_shapes_are_the_ones_promised() -> None:
@@ -47,7 +55,8 @@ def test_decode_prints_a_table_and_writes_figures_and_a_plot(
 ) -> None:
     out, plot = tmp_path / "out.json", tmp_path / "out.png"
     arguments = ["decode", str(gguf), "--prompt-len", "40", "--new", "8", "--repeats", "2"]
-    arguments += ["--peers", "llama-cpp-python", "--json", str(out), "--plot", str(plot)]
+    arguments += ["--threads", "1"]  # others may use the cores
+    arguments += ["--peers", "llama-cpp-python", "--http", "--json", str(out), "--plot", str(plot)]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "llama-cpp-python" in printed
@@ -56,12 +65,16 @@ def test_decode_prints_a_table_and_writes_figures_and_a_plot(
     assert figures["machine"]["dram_gb_per_s"] > 0
     [model] = figures["models"]
     kinds = [engine["kind"] for engine in model["engines"]]
-    assert kinds == ["albor", "albor+drafts", "llama-cpp-python"]
+    assert kinds == ["albor-backend", "albor", "albor+drafts", "llama-cpp-python", "albor+http"]
+    assert figures["settings"]["command"].startswith("albor-bench decode ")
+    assert figures["settings"]["command"] in printed.replace("\n", "")
     for engine in model["engines"]:
         decode = engine["decode_ms"]
         assert 0 < decode["low"] <= decode["median"] <= decode["high"]
         assert engine["prefill_tokens_per_s"]["median"] > 0
         assert engine["rss_bytes"] > 10e6
+        assert 0 <= engine["idle_cores"] < 2
+    assert model["engines"][0]["build"] == model["engines"][3]["build"] != ""
     assert set(model["rows_ms"]) == {"1", "2", "3", "4", "6", "8", "16", "32"}
     assert plot.read_bytes().startswith(b"\x89PNG")
 
@@ -141,6 +154,47 @@ def test_an_unknown_plot_format_is_told(gguf: Path, tmp_path: Path) -> None:
     machine = Machine("cpu", 2, 8.0, "os", "AVX2", 10.0, "abc")
     with pytest.raises(ConfigError, match=r"\.png"):
         plot_decode(tmp_path / "out.xyz", machine, [model])
+
+
+def test_doubts_are_told_beside_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    stat = Stat(2.0, 1.0, 3.0)
+    ours = EngineFigures("albor", 0.1, stat, stat, stat, stat, 1, build="AVX2 AVX512 REPACK")
+    other = EngineFigures("llama-server", 0.1, stat, stat, stat, stat, 1, "AVX2", 0.7)
+    silent = EngineFigures("llama-server+http", 0.1, stat, stat, stat, stat, 1)
+    machine = Machine("cpu", 2, 8.0, "os", "AVX2", 10.0, "abc")
+    model = ModelFigures("tiny", 10, 8, 1.0, [ours, other, silent])
+    console = Console(width=200)
+    model.foreign_cores = Stat(0.05, 0.0, 0.09)
+    print_decode(console, machine, [model], DecodeSettings())
+    quiet = capsys.readouterr().out
+    assert "Other programs" not in quiet
+    assert "llama-server was compiled without AVX512, which" in quiet
+    assert "llama-server used 0.7 cores while others" in quiet
+    assert quiet.count("compiled without") == 1
+    model.foreign_cores = Stat(0.8, 0.1, 1.0)
+    print_decode(console, machine, [model], DecodeSettings())
+    assert "Other programs used 0.8 cores" in capsys.readouterr().out
+
+
+def test_speed_over_http_is_compared_with_albor_over_http() -> None:
+    stat = Stat(2.0, 1.0, 3.0)
+    names = ("albor", "albor+http", "llama-server", "llama-server+http")
+    engines = [EngineFigures(name, 0.1, stat, stat, stat, stat, 1) for name in names]
+    model = ModelFigures("tiny", 10, 8, 1.0, engines)
+    assert model.ours("llama-server") is engines[0]
+    assert model.ours("llama-server+http") is engines[1]
+    assert ModelFigures("tiny", 10, 8, 1.0, engines[:1]).ours("x+http") is None
+
+
+def test_peers_that_are_not_installed(
+    gguf: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("albor_serve.bench.peers.available_peers", lambda: ())
+    assert main(["decode", str(gguf), "--peers", "llama-server"]) == 2
+    assert "pip install" in capsys.readouterr().err
+    arguments = ["decode", str(gguf), "--new", "2", "--prompt-len", "8", "--repeats", "1"]
+    assert main([*arguments, "--threads", "1"]) == 0
+    assert "left out: llama-server" in capsys.readouterr().err
 
 
 def test_the_limit_is_the_weights_read_once_at_the_faster_speed() -> None:
