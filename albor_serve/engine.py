@@ -621,16 +621,21 @@ class Engine:
         slot = sequence.held_slot
         token_id = sampled.token_id
         sequence.sampler.accept(token_id)
-        sequence.timings.num_new_tokens += 1
         slot.tokens[sequence.num_tokens] = token_id
         sequence.num_tokens += 1
         if self._is_end_token(sequence, token_id):
+            sequence.timings.num_new_tokens += 1
             return ""
         piece = self._tokenizer.token_bytes(token_id)
         if sequence.forced is not None:
             piece = sequence.forced.advance(piece)
             if sequence.forced.is_done:
                 sequence.forced = None
+            if not piece:
+                # It only repeats what stands before the cursor: not part of the answer.
+                sequence.timings.num_healed_tokens += 1
+                return ""
+        sequence.timings.num_new_tokens += 1
         infos.append(TokenInfo(token_id, piece, sampled.logprob, sampled.top_logprobs))
         return sequence.text.feed(piece)
 

@@ -101,7 +101,9 @@ class Timings:
     num_cached_tokens: int = 0
     """Prompt tokens found in the KV cache."""
     num_new_tokens: int = 0
-    """Sampled tokens, an end-of-text token included."""
+    """Sampled tokens of the answer, an end-of-text token included."""
+    num_healed_tokens: int = 0
+    """Sampled tokens that only spell the forced bytes; neither returned nor counted above."""
     num_draft_tokens: int = 0
     num_accepted: int = 0
     """Drafted tokens that the model confirmed."""

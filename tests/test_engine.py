@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import codecs
 import random
 import threading
 import time
@@ -218,9 +219,24 @@ def test_ends_where_the_context_ends(start: Start) -> None:
 def test_forced_bytes_come_first_and_are_not_shown(start: Start) -> None:
     engine, _ = start()
     reply = ask(engine, num=12, forced_bytes=b"    ret")
-    spelled = TOKENIZER.decode(reply.token_ids)
-    assert spelled.startswith(b"    ret")
-    assert reply.text == spelled[7:].decode(errors="replace")
+    shown = codecs.getincrementaldecoder("utf-8")("replace").decode  # drops half a last character
+    assert reply.text == shown(TOKENIZER.decode(reply.token_ids))
+    timings = reply.end.timings
+    # Tokens that only heal are not counted: the caller gets as many as it asked for.
+    assert 4 <= timings.num_healed_tokens <= 7  # four spaces may be one token
+    assert timings.num_new_tokens == 12
+    assert len(reply.token_ids) == 12
+
+
+def test_a_token_that_goes_beyond_the_forced_bytes_counts(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, _ = start()
+    real = TOKENIZER.token_bytes
+    monkeypatch.setattr(TOKENIZER, "token_bytes", lambda i: b"ab" if real(i) == b"a" else real(i))
+    reply = ask(engine, num=1, forced_bytes=b"a")
+    assert (reply.text, reply.end.timings.num_new_tokens) == ("b", 1)
+    assert reply.end.timings.num_healed_tokens == 0
 
 
 def test_forced_bytes_that_cannot_be_spelled_end_the_answer(

@@ -89,9 +89,6 @@ def plan_jobs(served: ServedModel, body: CompletionBody) -> list[Job]:
     for prompt_index, prompt in enumerate(prompts):
         tokens, forced, echo = _prompt_tokens(served, body, prompt)
         max_new = 16 if body.max_tokens is None else body.max_tokens
-        if forced and max_new:
-            # Tokens that only repeat what stands before the cursor are not the caller's.
-            max_new += len(served.engine.tokenizer.encode(forced.decode("utf-8", "replace")))
         for candidate in range(body.num_candidates):
             request = GenerateRequest(
                 prompt=tokens,

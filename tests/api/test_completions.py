@@ -210,6 +210,13 @@ def test_suffix_fills_in_and_heals_the_cursor(http: httpx.Client) -> None:
     ask(http, prompt="a", suffix="")
 
 
+def test_healing_never_answers_with_more_tokens_than_asked(http: httpx.Client) -> None:
+    for prompt in ("def foo(self):\n        ret", "x = some_na", "if a:\n    ", "y =  "):
+        for max_tokens in (1, 2, 7):
+            usage = ask(http, prompt=prompt, suffix="\n", max_tokens=max_tokens)["usage"]
+            assert 0 < usage["completion_tokens"] <= max_tokens
+
+
 def test_multibyte_text_survives_token_borders(live: Live, http: httpx.Client) -> None:
     for text in ("🙂", "é", "变量"):
         ids = live.engine.tokenizer.encode(text)
