@@ -19,7 +19,9 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 tl: Any
 try:
     import triton
-    import triton.language as tl
+    import triton.language
+
+    tl = triton.language
 
     HAVE_TRITON = True
 except ImportError:

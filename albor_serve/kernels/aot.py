@@ -84,7 +84,7 @@ def compile_kernel(
         compiled = triton.compile(
             source, target=GPUTarget("cuda", capability, 32), options=dict(options)
         )
-    except Exception as error:  # noqa: BLE001 - Triton raises many kinds
+    except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise BackendError(
             f"{kernel.__name__} does not compile for sm_{capability}: {reason}"

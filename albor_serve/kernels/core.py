@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,no-any-return"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,no-any-return,assignment,misc,no-redef"
 """Device functions that every phase shares: weight tiles, activations, the matrix product.
 
 All tensors that meet the tensor core are one-dimensional, 4 elements for each thread of the
@@ -187,8 +187,7 @@ def read_words(ptrs, ok, anchor, tag, FLOW: tl.constexpr):
             pack=4,
         )
         return bits.to(tl.float32, bitcast=True)
-    else:
-        return tl.load(ptrs, mask=ok, other=0.0)
+    return tl.load(ptrs, mask=ok, other=0.0)
 
 
 @jit()
@@ -204,8 +203,7 @@ def read_any(ptrs, ok, tag, FLOW: tl.constexpr):
             pack=1,
         )
         return bits.to(tl.float32, bitcast=True)
-    else:
-        return tl.load(ptrs, mask=ok, other=0.0)
+    return tl.load(ptrs, mask=ok, other=0.0)
 
 
 @jit()
@@ -214,8 +212,7 @@ def tagged(values, tag, FLOW: tl.constexpr):
     if FLOW:
         bits = values.to(tl.int32, bitcast=True)
         return (((bits + 8) & -16) | tag).to(tl.float32, bitcast=True)
-    else:
-        return values
+    return values
 
 
 @jit()
@@ -278,17 +275,15 @@ def mma_tile(w0, w1, s, xs, acc, MANY: tl.constexpr, ASM: tl.constexpr, W: tl.co
                 is_pure=True,
                 pack=4,
             )
-        else:
-            return tl.inline_asm_elementwise(
-                MMA_ONE,
-                MMA_CONSTRAINTS,
-                [w0, w1, s, xs[0], xs[1], xs[2], xs[3], xs[4], xs[5], xs[6], xs[7], acc],
-                dtype=tl.float32,
-                is_pure=True,
-                pack=4,
-            )
-    else:
-        return _mma_twin(w0, w1, s, xs, acc, W)
+        return tl.inline_asm_elementwise(
+            MMA_ONE,
+            MMA_CONSTRAINTS,
+            [w0, w1, s, xs[0], xs[1], xs[2], xs[3], xs[4], xs[5], xs[6], xs[7], acc],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=4,
+        )
+    return _mma_twin(w0, w1, s, xs, acc, W)
 
 
 @jit()
@@ -306,7 +301,6 @@ def sum_by_token(x, M: tl.constexpr, W: tl.constexpr):
     """Sum activation-shaped [4 T] over everything but the token column, and spread it again."""
     if M == 1:
         return tl.sum(x, axis=0) + tl.zeros_like(x)
-    else:
-        total = tl.sum(tl.sum(tl.reshape(x, [W, 8, 16]), axis=2), axis=0)
-        spread = tl.broadcast_to(total[None, :, None], [W, 8, 16])
-        return tl.reshape(spread, [W * 128])
+    total = tl.sum(tl.sum(tl.reshape(x, [W, 8, 16]), axis=2), axis=0)
+    spread = tl.broadcast_to(total[None, :, None], [W, 8, 16])
+    return tl.reshape(spread, [W * 128])

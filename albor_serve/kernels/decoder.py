@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,11 @@ __all__ = ["DecodePlan", "GpuDecoder", "plan_for"]
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
+
+
+def _divisor_from(n: int, least: int) -> int:
+    """The smallest divisor of n that is at least `least`, which is 1 to n."""
+    return next(i for i in range(least, n + 1) if n % i == 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +63,12 @@ def plan_for(
         raise ConfigError(f"num_tokens is {num_tokens}: the kernels compute 1 to 8 at once")
     config = weights.config
     head_bands = -(-config.vocab_size // TILE_ROWS)
+    gate_bands = config.intermediate_size // 8
     return DecodePlan(
         num_tokens=num_tokens,
         num_splits=num_splits,
         positions=64,
-        bands_gate_up=max(1, -(-config.intermediate_size // 8 // num_programs)),
+        bands_gate_up=_divisor_from(gate_bands, -(-gate_bands // num_programs)),
         bands_head=max(1, -(-head_bands // num_programs)),
         num_warps=8,
         stream=weights.bytes_per_token > cache_bytes,
@@ -146,7 +152,7 @@ class GpuDecoder:
         }
         phases.embed_kernel[(1 if feedback else tokens,)](
             w.embedding, self.best, self.tokens, self.position, self.out_tokens, first,
-            head_programs, KT=kt, KB=_power_of_two(d), NK=_power_of_two(head_programs), M=tokens,
+            head_programs, KT=kt, KB=_power_of_two(d), NK=_power_of_two(head_programs),
             FEEDBACK=feedback, PDL=plan.pdl, **shared,
         )  # fmt: skip
         for i in range(c.num_layers):
@@ -167,7 +173,7 @@ class GpuDecoder:
             )  # fmt: skip
             bands = ff // 8
             phases.gate_up_kernel[(-(-bands // plan.bands_gate_up),)](
-                w.gate_up[i], w.feed_forward_gain[i], second, self._act, c.rms_norm_eps, bands,
+                w.gate_up[i], w.feed_forward_gain[i], second, self._act, c.rms_norm_eps,
                 F=ff, KT=kt, NB=plan.bands_gate_up, **gemv, **shared,
             )  # fmt: skip
             phases.feed_forward_kernel[(d // TILE_ROWS,)](

@@ -25,7 +25,6 @@ from albor_serve.kernels.steps import (
     read_attention,
     read_x,
     result_row,
-    result_token,
     store_gated,
     store_rows,
     sum_columns,
@@ -57,7 +56,7 @@ def _wait(PDL: tl.constexpr):
 
 @jit()
 def embed_kernel(w_ptr, keys_ptr, tokens_ptr, pos_ptr, out_ptr, h_ptr, num_keys,
-                 KT: tl.constexpr, KB: tl.constexpr, NK: tl.constexpr, M: tl.constexpr,
+                 KT: tl.constexpr, KB: tl.constexpr, NK: tl.constexpr,
                  FEEDBACK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Write the embeddings of the next M tokens to h; program m handles token m.
 
@@ -86,7 +85,7 @@ def embed_kernel(w_ptr, keys_ptr, tokens_ptr, pos_ptr, out_ptr, h_ptr, num_keys,
 def qkv_kernel(w_ptr, g_ptr, h_ptr, qkv_ptr, eps, N: tl.constexpr, KT: tl.constexpr,
                M: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
                W: tl.constexpr):  # fmt: skip
-    """qkv = W · RMSNorm(h): one band of 16 outputs for each program."""
+    """Qkv = W · RMSNorm(h): one band of 16 outputs for each program."""
     _start(PDL)
     band = tl.program_id(0)
     e = tl.arange(0, W * 128)
@@ -125,7 +124,7 @@ def output_kernel(w_ptr, att_ptr, lse_ptr, h_ptr, out_ptr, N: tl.constexpr, KT: 
                   M: tl.constexpr, MP: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
                   S: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
                   W: tl.constexpr):  # fmt: skip
-    """out = h + W · attention output, the splits combined on the way."""
+    """Out = h + W · attention output, the splits combined on the way."""
     _start(PDL)
     band = tl.program_id(0)
     e = tl.arange(0, W * 128)
@@ -139,10 +138,13 @@ def output_kernel(w_ptr, att_ptr, lse_ptr, h_ptr, out_ptr, N: tl.constexpr, KT: 
 
 
 @jit()
-def gate_up_kernel(w_ptr, g_ptr, h_ptr, act_ptr, eps, num_bands, F: tl.constexpr,
+def gate_up_kernel(w_ptr, g_ptr, h_ptr, act_ptr, eps, F: tl.constexpr,
                    KT: tl.constexpr, NB: tl.constexpr, M: tl.constexpr, STREAM: tl.constexpr,
                    PDL: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
-    """act = SiLU(gate) · up of RMSNorm(h): NB bands of 8 channels for each program."""
+    """Act = SiLU(gate) · up of RMSNorm(h): NB bands of 8 channels for each program.
+
+    NB divides the number of bands: nothing masks a band too many.
+    """
     _start(PDL)
     band = tl.program_id(0) * NB
     e = tl.arange(0, W * 128)
@@ -161,7 +163,7 @@ def gate_up_kernel(w_ptr, g_ptr, h_ptr, act_ptr, eps, num_bands, F: tl.constexpr
 def feed_forward_kernel(w_ptr, act_ptr, h_ptr, out_ptr, N: tl.constexpr, KT: tl.constexpr,
                         M: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr,
                         ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
-    """out = h + W · act."""
+    """Out = h + W · act."""
     _start(PDL)
     band = tl.program_id(0)
     e = tl.arange(0, W * 128)
@@ -179,7 +181,7 @@ def head_kernel(w_ptr, g_ptr, h_ptr, logits_ptr, keys_ptr, eps, num_bands, V: tl
                 KT: tl.constexpr, NB: tl.constexpr, M: tl.constexpr, STORE: tl.constexpr,
                 STREAM: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
                 W: tl.constexpr):  # fmt: skip
-    """logits = W · RMSNorm(h) and each program's best: NB bands for each program.
+    """Logits = W · RMSNorm(h) and each program's best: NB bands for each program.
 
     Writes keys [programs, 8], one `candidate` for each token, and with STORE logits [M, V].
     """

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,no-any-return"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,no-any-return,assignment,misc,no-redef"
 """The steps of one decoder layer as device functions, each split where it must wait.
 
 Before the wait: what does not depend on the step before (weights, cached keys and values). After
@@ -22,7 +22,6 @@ from albor_serve.kernels.core import (
     mma_tile,
     read_any,
     read_words,
-    row_sums,
     sum_by_token,
     tagged,
 )
@@ -375,15 +374,12 @@ def over_splits(x, MAX: tl.constexpr, MP: tl.constexpr, ASM: tl.constexpr, W: tl
         return tl.inline_asm_elementwise(
             code, BUTTERFLY_CONSTRAINTS, [x], dtype=tl.float32, is_pure=True, pack=4
         )
+    parts = tl.reshape(x, [W, 8 // MP, MP, 16])
+    if MAX:
+        best = tl.max(parts, axis=1)
     else:
-        parts = tl.reshape(x, [W, 8 // MP, MP, 16])
-        if MAX:
-            best = tl.max(parts, axis=1)
-        else:
-            best = tl.sum(parts, axis=1)
-        return tl.reshape(
-            tl.broadcast_to(best[:, None, :, :], [W, 8 // MP, MP, 16]), [W * 128]
-        )
+        best = tl.sum(parts, axis=1)
+    return tl.reshape(tl.broadcast_to(best[:, None, :, :], [W, 8 // MP, MP, 16]), [W * 128])
 
 
 @jit()
@@ -448,11 +444,10 @@ def sum_columns(y, MP: tl.constexpr):
         parts = tl.reshape(y, [8, 4, 2, 2])
         total = tl.sum(tl.sum(parts, axis=3), axis=1)
         return tl.reshape(tl.broadcast_to(total[:, None, :, None], [8, 4, 2, 2]), [128])
-    elif MP == 2:
+    if MP == 2:
         total = tl.sum(tl.reshape(y, [8, 4, 4]), axis=1)
         return tl.reshape(tl.broadcast_to(total[:, None, :], [8, 4, 4]), [128])
-    elif MP == 4:
+    if MP == 4:
         total = tl.sum(tl.reshape(y, [8, 2, 8]), axis=1)
         return tl.reshape(tl.broadcast_to(total[:, None, :], [8, 2, 8]), [128])
-    else:
-        return y
+    return y

