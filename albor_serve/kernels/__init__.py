@@ -1,1 +1,6 @@
-"""Kernels: one file for each idea, with its reference, its kernel and its launcher."""
+"""GPU kernels for Q4 decoding, written in Triton; importing them needs torch but not Triton.
+
+`layout` defines how weights lie in device memory, `core` the device functions that every phase
+shares. `phases` are the fused steps of one layer as kernels of their own; `persistent` runs the
+same steps inside a single kernel. `decoder` owns the buffers and launches either.
+"""

@@ -1,0 +1,212 @@
+"""Launches decode steps: owns the activation buffers and the KV cache of one sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from albor_serve.errors import BackendError, ConfigError
+from albor_serve.kernels import phases
+from albor_serve.kernels._triton import INTERPRET, require_triton
+from albor_serve.kernels.layout import TILE_COLS, TILE_ROWS
+from albor_serve.kernels.weights import DecodeWeights
+
+__all__ = ["DecodePlan", "GpuDecoder", "plan_for"]
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _divisor_from(n: int, least: int) -> int:
+    """The smallest divisor of n that is at least `least`, which is 1 to n."""
+    return next(i for i in range(least, n + 1) if n % i == 0)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """Numbers that the kernels are compiled for."""
+
+    num_tokens: int
+    """M: tokens computed at once, 1 to 8."""
+    num_splits: int
+    """S: programs that share one key-value head's positions."""
+    positions: int
+    """P: positions of one attention tile."""
+    bands_gate_up: int
+    bands_head: int
+    num_warps: int
+    stream: bool
+    """Whether the weights exceed the cache, so that keeping them there would only evict others."""
+    pdl: bool
+    asm: bool
+
+
+def plan_for(
+    weights: DecodeWeights,
+    *,
+    num_tokens: int = 1,
+    num_splits: int = 8,
+    num_programs: int = 128,
+    cache_bytes: int = 40 << 20,
+    pdl: bool = False,
+) -> DecodePlan:
+    """A plan that spreads each step over about `num_programs` programs.
+
+    Raises:
+        ConfigError: num_tokens is not 1 to 8.
+    """
+    if not 1 <= num_tokens <= 8:
+        raise ConfigError(f"num_tokens is {num_tokens}: the kernels compute 1 to 8 at once")
+    config = weights.config
+    head_bands = -(-config.vocab_size // TILE_ROWS)
+    gate_bands = config.intermediate_size // 8
+    return DecodePlan(
+        num_tokens=num_tokens,
+        num_splits=num_splits,
+        positions=64,
+        bands_gate_up=_divisor_from(gate_bands, -(-gate_bands // num_programs)),
+        bands_head=max(1, -(-head_bands // num_programs)),
+        num_warps=8,
+        stream=weights.bytes_per_token > cache_bytes,
+        pdl=pdl,
+        asm=not INTERPRET,
+    )
+
+
+class GpuDecoder:
+    """One sequence's decode steps as separate kernels.
+
+    Buffers belong to this object; `step` writes them. Not safe for several threads.
+    """
+
+    def __init__(self, weights: DecodeWeights, max_seq_len: int) -> None:
+        require_triton()
+        if max_seq_len > weights.cos.shape[0]:
+            raise ConfigError(
+                f"max_seq_len is {max_seq_len}, but the rotation tables end at "
+                f"{weights.cos.shape[0]}: pack the weights for a longer sequence"
+            )
+        self.weights = weights
+        self.max_seq_len = max_seq_len
+        c, device = weights.config, weights.head.device
+        kv = (c.num_layers, c.num_kv_heads, max_seq_len, c.head_dim)
+        self.keys = torch.zeros(kv, dtype=torch.float16, device=device)
+        """float16 [L, H_kv, max_seq_len, D]; zeros where nothing is cached yet."""
+        self.values = torch.zeros(kv, dtype=torch.float16, device=device)
+        self.position = torch.zeros(1, dtype=torch.int32, device=device)
+        """int32 [1]: tokens in the cache before the step."""
+        self.tokens = torch.zeros(8, dtype=torch.int32, device=device)
+        """int32 [8]: the step's tokens, where they are not fed back."""
+        self.out_tokens = torch.zeros(max_seq_len + 1, dtype=torch.int32, device=device)
+        """int32 [max_seq_len + 1]: token of each position, as fed back."""
+        self.logits = torch.zeros(8, c.vocab_size, dtype=torch.float32, device=device)
+        self._h = torch.zeros(2, 8, c.hidden_size, dtype=torch.float32, device=device)
+        q_rows = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+        self._qkv = torch.zeros(8, q_rows, dtype=torch.float32, device=device)
+        heads = 32 * 8 * c.num_heads
+        self._attention = torch.zeros(heads * c.head_dim, dtype=torch.float32, device=device)
+        self._lse = torch.zeros(heads * 4, dtype=torch.float32, device=device)
+        self._act = torch.zeros(8, c.intermediate_size, dtype=torch.float32, device=device)
+        self.best = torch.zeros(1024, 8, dtype=torch.int64, device=device)
+        """int64 [programs, 8]: each head program's best token (`steps.candidate`)."""
+
+    def step(self, plan: DecodePlan, *, feedback: bool = False, store_logits: bool = True) -> None:
+        """Launch one step of plan.num_tokens tokens.
+
+        Reads `tokens` and `position`, or with `feedback` takes the last step's best token and
+        first moves `position` on by one. Writes keys, values, `logits` and `best`.
+
+        Raises:
+            BackendError: a kernel could not be compiled or launched.
+        """
+        try:
+            self._step(plan, feedback=feedback, store_logits=store_logits)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise BackendError(f"a GPU kernel failed: {reason}") from error
+
+    def _step(self, plan: DecodePlan, *, feedback: bool, store_logits: bool) -> None:
+        w, c = self.weights, self.weights.config
+        tokens = plan.num_tokens
+        padded = _power_of_two(tokens)
+        d, ff, q_size = c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim
+        kt, kt_o, kt_ff = d // TILE_COLS, q_size // TILE_COLS, ff // TILE_COLS
+        qkv_rows = q_size + 2 * c.num_kv_heads * c.head_dim
+        group = _power_of_two(c.num_heads // c.num_kv_heads)
+        head_bands = -(-c.vocab_size // TILE_ROWS)
+        head_programs = -(-head_bands // plan.bands_head)
+        shared: dict[str, Any] = {"num_warps": plan.num_warps, "num_stages": 1}
+        if plan.pdl:
+            shared["launch_pdl"] = True
+        first, second = self._h[0], self._h[1]
+        gemv: dict[str, Any] = {
+            "M": tokens,
+            "STREAM": plan.stream,
+            "PDL": plan.pdl,
+            "ASM": plan.asm,
+            "W": plan.num_warps,
+        }
+        phases.embed_kernel[(1 if feedback else tokens,)](
+            w.embedding, self.best, self.tokens, self.position, self.out_tokens, first,
+            head_programs, KT=kt, KB=_power_of_two(d), NK=_power_of_two(head_programs),
+            FEEDBACK=feedback, PDL=plan.pdl, **shared,
+        )  # fmt: skip
+        for i in range(c.num_layers):
+            phases.qkv_kernel[(qkv_rows // TILE_ROWS,)](
+                w.qkv[i], w.attention_gain[i], first, self._qkv, c.rms_norm_eps, N=qkv_rows, KT=kt,
+                **gemv, **shared,
+            )  # fmt: skip
+            phases.attention_kernel[(c.num_kv_heads, plan.num_splits)](
+                self._qkv, self.keys[i], self.values[i], w.cos, w.sin, w.query_gain[i],
+                w.key_gain[i], self._attention, self._lse, self.position, self.max_seq_len,
+                c.rms_norm_eps, M=tokens, H=c.num_heads, HKV=c.num_kv_heads, D=c.head_dim,
+                GP=group, RP=max(16, padded * group), P=plan.positions, S=plan.num_splits,
+                QK_NORM=c.qk_norm, PDL=plan.pdl, **shared,
+            )  # fmt: skip
+            phases.output_kernel[(d // TILE_ROWS,)](
+                w.output[i], self._attention, self._lse, first, second, N=d, KT=kt_o, MP=padded,
+                H=c.num_heads, D=c.head_dim, S=plan.num_splits, **gemv, **shared,
+            )  # fmt: skip
+            bands = ff // 8
+            phases.gate_up_kernel[(-(-bands // plan.bands_gate_up),)](
+                w.gate_up[i], w.feed_forward_gain[i], second, self._act, c.rms_norm_eps,
+                F=ff, KT=kt, NB=plan.bands_gate_up, **gemv, **shared,
+            )  # fmt: skip
+            phases.feed_forward_kernel[(d // TILE_ROWS,)](
+                w.down[i], self._act, second, first, N=d, KT=kt_ff, **gemv, **shared,
+            )  # fmt: skip
+        phases.head_kernel[(head_programs,)](
+            w.head, w.final_gain, first, self.logits, self.best, c.rms_norm_eps, head_bands,
+            V=c.vocab_size, KT=kt, NB=plan.bands_head, STORE=store_logits, **gemv, **shared,
+        )  # fmt: skip
+
+    def capture(
+        self, plan: DecodePlan, *, feedback: bool, num_steps: int = 1, store_logits: bool = False
+    ) -> Any:
+        """Record `num_steps` steps in a CUDA graph; compiles on the way. Returns the graph.
+
+        The caches and the position are left as they were but for the steps' own writes.
+        """
+        before = self.position.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.step(plan, feedback=feedback, store_logits=store_logits)
+            self.position.copy_(before)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(num_steps):
+                self.step(plan, feedback=feedback, store_logits=store_logits)
+        return graph
+
+    def set_cache(self, keys: list[Tensor], values: list[Tensor], length: int) -> None:
+        """Copy the first `length` positions of each layer's [H_kv, >= length, D] into the cache."""
+        for i, (k, v) in enumerate(zip(keys, values, strict=True)):
+            self.keys[i, :, :length] = k[:, :length]
+            self.values[i, :, :length] = v[:, :length]
+        self.position.fill_(length)

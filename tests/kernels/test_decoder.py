@@ -1,0 +1,63 @@
+"""Decode steps, in Triton's interpreter, against the plain torch model in fp32."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from albor_serve.config import ModelConfig
+from albor_serve.kernels.decoder import plan_for
+from albor_serve.kernels.synthetic import RandomModel
+
+_SCRIPT = """
+import torch
+from albor_serve.config import ModelConfig
+from albor_serve.kernels.decoder import GpuDecoder, plan_for
+from albor_serve.kernels.synthetic import RandomModel
+from albor_serve.model import load_decoder
+
+config = ModelConfig("qwen3", 64, 128, 128, 2, 2, 1, 64, 64, qk_norm=True, tie_embeddings=True)
+model = RandomModel(config)
+decoder = GpuDecoder(model.pack("cpu", 64), 64)
+tokens = [3, 9, 60, 1]
+with torch.inference_mode():
+    want = load_decoder(config, model.read)(torch.tensor([tokens]))[0]
+at = 0
+for rows in (1, 3):  # one token, then three verified at once
+    plan = plan_for(decoder.weights, num_tokens=rows, num_splits=2)
+    decoder.tokens[:rows] = torch.tensor(tokens[at : at + rows])
+    decoder.position.fill_(at)
+    decoder.step(plan)
+    error = (decoder.logits[:rows] - want[at : at + rows]).abs().max().item()
+    assert error < 0.01, (rows, error)  # fp16 activations; the logits reach 4
+    at += rows
+"""
+
+
+@pytest.mark.slow
+def test_logits_of_one_and_of_three_tokens_are_those_of_the_reference() -> None:
+    # The interpreter is chosen when kernels are imported, hence a process of its own.
+    result = subprocess.run(
+        [sys.executable, "-c", _SCRIPT],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_gate_and_up_bands_are_shared_out_without_a_rest() -> None:
+    config = ModelConfig("llama", 64, 128, 8 * 128, 1, 2, 1, 64, 64, tie_embeddings=True)
+    weights = RandomModel(config).pack("cpu", 64)
+    for num_programs in (3, 24, 100, 127):
+        plan = plan_for(weights, num_programs=num_programs)
+        assert 128 % plan.bands_gate_up == 0
+        assert 128 // plan.bands_gate_up <= num_programs
