@@ -1,6 +1,7 @@
-"""GPU kernels for Q4 decoding, written in Triton; importing them needs torch but not Triton.
+"""Kernels for Q4 decoding: `cpu_decode` for CPUs (C++), all else for GPUs (Triton).
 
-`layout` defines how weights lie in device memory, `core` the device functions that every phase
-shares. `phases` are the fused steps of one layer as kernels of their own; `persistent` runs the
-same steps inside a single kernel. `decoder` owns the buffers and launches either.
+The GPU modules need torch, but importing them does not need Triton. `layout` defines how weights
+lie in device memory, `core` the device functions that every phase shares. `phases` are the fused
+steps of one layer as kernels of their own; `decoder` owns the buffers and launches them. They are
+proven in Triton's interpreter and compiled ahead of time; no backend uses them yet.
 """
