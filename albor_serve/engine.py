@@ -45,7 +45,7 @@ from albor_serve.sequence import (
     TokenInfo,
 )
 from albor_serve.speculate import Draft, DraftPolicy, RowCosts, propose
-from albor_serve.stopping import TextAssembler
+from albor_serve.stopping import IndentGuard, TextAssembler
 from albor_serve.tokenizer import Tokenizer
 
 __all__ = ["Engine", "EngineStats", "SlotView", "Ticket"]
@@ -116,6 +116,7 @@ class _Sequence:
     submitted_s: float
     sampler: Sampler
     text: TextAssembler
+    indent: IndentGuard
     timings: Timings = field(default_factory=Timings)
     is_cancelled: bool = False
     admitted_s: float = 0.0
@@ -124,6 +125,8 @@ class _Sequence:
     num_tokens: int = 0
     """Prompt and sampled tokens in slot.tokens; those beyond slot.cached_len are not computed."""
     is_decoding: bool = False
+    has_line_end: bool = False
+    """Whether the text so far has one."""
     forced: ForcedBytes | None = None
     prompt_infos: list[TokenInfo] = field(default_factory=list)
 
@@ -311,6 +314,7 @@ class Engine:
             submitted_s=self._clock(),
             sampler=Sampler(request.sampling, vocab_size, request.prompt, banned),
             text=TextAssembler(request.stop),
+            indent=IndentGuard(request.min_indent),
         )
 
     def _check_queue(self) -> None:
@@ -597,6 +601,7 @@ class Engine:
             if timings.first_token_ms is None:
                 timings.first_token_ms = (now - sequence.submitted_s) * 1000
             text += self._accept(sequence, sampled, infos)
+            sequence.has_line_end = sequence.has_line_end or "\n" in text
             reason = self._end_of(sequence, sampled.token_id)
             confirmed = at < len(draft) and sampled.token_id == draft[at]
             timings.num_accepted += confirmed
@@ -610,7 +615,7 @@ class Engine:
                 # This model's cache can't be cut: a wrong guess costs the whole prompt.
                 self._draft_policy = None
         if reason is not None and reason != "cancelled":
-            text += sequence.text.flush()
+            text += sequence.indent.feed(sequence.text.flush()) + sequence.indent.flush()
         if text or infos:
             self._emit(sequence, Delta(text, tuple(infos)))
         if reason is not None:
@@ -637,7 +642,7 @@ class Engine:
                 return ""
         sequence.timings.num_new_tokens += 1
         infos.append(TokenInfo(token_id, piece, sampled.logprob, sampled.top_logprobs))
-        return sequence.text.feed(piece)
+        return sequence.indent.feed(sequence.text.feed(piece))
 
     def _is_end_token(self, sequence: _Sequence, token_id: int) -> bool:
         return (
@@ -648,6 +653,13 @@ class Engine:
         """Why the sequence ends after this token, or None."""
         if self._is_end_token(sequence, token_id) or sequence.text.stopped_by is not None:
             return "stop"
+        if sequence.indent.is_done:
+            return "stop"
+        limit_ms = sequence.request.max_decode_ms
+        if limit_ms is not None and sequence.has_line_end:
+            decode_ms = (self._clock() - sequence.decode_started_s) * 1000
+            if decode_ms > limit_ms:
+                return "deadline"
         if sequence.timings.num_new_tokens >= sequence.request.max_new_tokens:
             return "length"
         return "length" if sequence.num_tokens >= self._max_seq_len else None

@@ -56,6 +56,12 @@ class GenerateRequest:
     """Requests of one group (the choices of one HTTP request) do not supersede each other."""
     deadline_ms: float | None = None
     """Time from submission after which the answer ends with what there is."""
+    min_indent: int = 0
+    """The answer ends before a line after its first whose indentation has fewer characters.
+    Blank lines don't count."""
+    max_decode_ms: float | None = None
+    """Time from the first sampled token after which the answer ends, once it has a line end:
+    whoever waits gets at least one whole line."""
     priority: Priority = "interactive"
     """background requests run only while no interactive one wants the backend."""
     prompt_logprobs: bool = False

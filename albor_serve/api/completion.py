@@ -63,6 +63,14 @@ class Job:
     echo: str = ""
     """Text to put before the answer's."""
     wants_logprobs: bool = False
+    fim: FimPrompt | None = None
+    """The prompt around the cursor, where there is one."""
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether code around the cursor was left out for want of room."""
+        fim = self.fim
+        return fim is not None and bool(fim.num_prefix_dropped or fim.num_suffix_dropped)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +89,14 @@ class CompletionSpec:
     an error. For fill-in-the-middle alone."""
     num_candidates: int = 1
     """Answers computed for each prompt."""
+    is_greedy_first: bool = False
+    """Whether the first candidate takes the likeliest tokens, whatever `sampling` says."""
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    min_indent: int = 0
+    """The answer ends before a line with less indentation; see `GenerateRequest`."""
+    max_decode_ms: float | None = None
+    """Time for sampling once the answer has a line end; see `GenerateRequest`."""
     echo: bool = False
     """Put the prompt before the answer, and report its log-probabilities if any are wanted."""
     wants_logprobs: bool = False
@@ -112,29 +126,31 @@ def plan_jobs(served: ServedModel, spec: CompletionSpec) -> list[Job]:
     options = spec.options
     jobs = []
     for prompt_index, prompt in enumerate(prompts):
-        tokens, forced, echo = _prompt_tokens(served, spec, prompt)
+        tokens, echo, fim = _prompt_tokens(served, spec, prompt)
         for candidate in range(spec.num_candidates):
             request = GenerateRequest(
                 prompt=tokens,
                 max_new_tokens=spec.max_new_tokens,
-                sampling=_with_seed(spec.sampling, candidate),
+                sampling=_sampling(spec, candidate),
                 stop=spec.stop,
                 ignore_eos=spec.ignore_eos,
-                forced_bytes=forced,
+                forced_bytes=fim.forced_bytes if fim is not None else b"",
+                min_indent=spec.min_indent,
+                max_decode_ms=spec.max_decode_ms,
                 session=options.session,
                 group=group,
                 deadline_ms=options.deadline_ms,
                 priority=options.priority,
                 prompt_logprobs=spec.echo and spec.wants_logprobs,
             )
-            jobs.append(Job(request, prompt_index, echo, spec.wants_logprobs))
+            jobs.append(Job(request, prompt_index, echo, spec.wants_logprobs, fim))
     return jobs
 
 
 def _prompt_tokens(
     served: ServedModel, spec: CompletionSpec, prompt: Prompt
-) -> tuple[tuple[int, ...], bytes, str]:
-    """(tokens, forced bytes, text to echo) of one prompt."""
+) -> tuple[tuple[int, ...], str, FimPrompt | None]:
+    """(tokens, text to echo, what it was made of if it is fill-in-the-middle) of one prompt."""
     tokenizer = served.engine.tokenizer
     if not isinstance(prompt, str) and not all(0 <= i < tokenizer.vocab_size for i in prompt):
         raise RequestError(
@@ -149,15 +165,16 @@ def _prompt_tokens(
             else tokenizer.decode(prompt).decode("utf-8", "replace")
         )
         fim = _fim_prompt(served, text, spec.fim_suffix, fits_window=spec.fits_window)
-        return fim.tokens, fim.forced_bytes, ""
+        return fim.tokens, "", fim
     if isinstance(prompt, str):
         ids = tuple(tokenizer.encode(prompt, parse_special=True))
         if tokenizer.adds_bos and tokenizer.bos_token_id is not None:
             ids = (tokenizer.bos_token_id, *ids)
         if not ids:
             raise RequestError("the prompt is empty: give at least one character", param="prompt")
-        return ids, b"", prompt if spec.echo else ""
-    return prompt, b"", tokenizer.decode(prompt).decode("utf-8", "replace") if spec.echo else ""
+        return ids, prompt if spec.echo else "", None
+    echo = tokenizer.decode(prompt).decode("utf-8", "replace") if spec.echo else ""
+    return prompt, echo, None
 
 
 def _fim_prompt(served: ServedModel, prefix: str, suffix: str, *, fits_window: bool) -> FimPrompt:
@@ -181,8 +198,11 @@ def _fim_prompt(served: ServedModel, prefix: str, suffix: str, *, fits_window: b
     return fim
 
 
-def _with_seed(sampling: SamplingParams, candidate: int) -> SamplingParams:
-    if sampling.seed is None or candidate == 0:
+def _sampling(spec: CompletionSpec, candidate: int) -> SamplingParams:
+    sampling = spec.sampling
+    if candidate == 0:
+        return replace(sampling, temperature=0.0) if spec.is_greedy_first else sampling
+    if sampling.seed is None:
         return sampling
     return replace(sampling, seed=(sampling.seed + candidate) % (1 << 64))
 
@@ -195,6 +215,8 @@ class Answer:
     text: str = ""
     tokens: list[TokenInfo] = field(default_factory=list)
     reason: FinishReason | None = None
+    stopped_by: str | None = None
+    """The stop string that ended it, if one did."""
     timings: Timings | None = None
     prompt_tokens: tuple[TokenInfo, ...] = ()
 
@@ -284,6 +306,7 @@ class Completion:
                     if event.reason == "cancelled":
                         raise _cancelled(answer.job.request)
                     answer.reason = event.reason
+                    answer.stopped_by = event.stop_string
                     answer.timings = event.timings
                     answer.prompt_tokens = event.prompt_tokens
                     texts.setdefault(index, [])
