@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
+import shlex
 import sys
 import threading
 import time
@@ -18,6 +20,7 @@ from albor_serve.errors import AlborError, ConfigError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from albor_serve.api.auth import ApiKeys
     from albor_serve.api.server import Ready
     from albor_serve.loader import LoadedModel
 
@@ -70,31 +73,64 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(arguments: list[str]) -> int:
     options = _serve_parser().parse_args(arguments)
-    logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(message)s")
-
+    _set_up_logging(options.log_level, options.log_format, log_prompts=options.log_prompts)
     if any(not name.isprintable() or not name.strip() for name in options.alias):
         raise ConfigError("--alias is empty or not printable: give a name such as code")
     if options.threads is not None and options.threads < 1:
         raise ConfigError(f"--threads is {options.threads}: it must be at least 1")
 
-    from albor_serve.api.server import bind, serve
+    for origin in options.cors_origin:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+/?", origin.lower()):
+            raise ConfigError("--cors-origin must be * or a site such as https://example.org:8443")
 
+    from albor_serve.api.auth import read_api_keys
+    from albor_serve.api.server import TlsFiles, bind, bind_unix, serve
+
+    keys = read_api_keys(options.api_key, options.api_key_file)
     started = time.perf_counter()
-    sock = bind(options.host, options.port)
+    tls = None
+    if options.tls_cert is not None:
+        tls = TlsFiles(options.tls_cert, options.tls_key)
+        tls.check()
+    elif options.tls_key is not None:
+        raise ConfigError("--tls-key needs --tls-cert")
+    if options.uds is not None:
+        sock = bind_unix(options.uds)
+        address = f"unix:{options.uds}"
+    else:
+        sock = bind(options.host, options.port)
+        scheme = "http" if tls is None else "https"
+        address = f"{scheme}://{_as_url_host(options.host)}:{sock.getsockname()[1]}"
     try:
-        address = f"http://{_as_url_host(options.host)}:{sock.getsockname()[1]}"
         serve(
             sock,
-            lambda stop: _start(options, address, started, stop),
+            lambda stop: _start(options, keys, address, started, stop),
             log_level=options.log_level,
+            tls=tls,
         )
     finally:
         sock.close()
+        if options.uds is not None:
+            options.uds.unlink(missing_ok=True)
     return 0
 
 
+def _set_up_logging(level: str, log_format: str, *, log_prompts: bool) -> None:
+    from albor_serve.api.request_log import JsonFormatter, TextFormatter
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+    if log_prompts:
+        logging.getLogger("albor.request").setLevel(logging.INFO)
+
+
 def _start(
-    options: argparse.Namespace, address: str, started: float, stop: threading.Event
+    options: argparse.Namespace,
+    keys: ApiKeys,
+    address: str,
+    started: float,
+    stop: threading.Event,
 ) -> Ready:
     """Load the model, complete once with it and make the application.
 
@@ -107,6 +143,7 @@ def _start(
         max_seq_len=options.ctx,
         num_threads=options.threads,
         speculate=not options.no_speculation,
+        backend=options.backend,
     )
     with _ProgressLine(stop) as progress:
         loaded = load_model(options.model, chosen, progress.show)
@@ -127,15 +164,21 @@ def _start(
             aliases=aliases[1:],
             description=loaded.description,
         )
-        app = create_app(served, AppSettings(allowed_hosts=_allowed_hosts(options.host)))
+        settings = AppSettings(
+            allowed_hosts=_allowed_hosts(options.host),
+            cors_origins=tuple(options.cors_origin),
+            api_keys=keys,
+            log_prompts=options.log_prompts,
+        )
+        app = create_app(served, settings)
     except BaseException:
         engine.close()
         raise
 
     def announce() -> None:
         print(_greeting(loaded, address, time.perf_counter() - started, first_token_ms), flush=True)
-        if not _is_loopback(options.host):
-            print("anyone who can reach this address can use it: there is no password", flush=True)
+        if not keys and options.uds is None and not _is_loopback(options.host):
+            print("anyone who can reach this address can use it: see --api-key-file", flush=True)
 
     return Ready(app, lambda drain_s: engine.close(drain_s=drain_s), announce)
 
@@ -159,6 +202,18 @@ def _serve_parser() -> argparse.ArgumentParser:
         "--port", type=int, default=8080, help="port; 0 takes any free one (%(default)s)"
     )
     parser.add_argument(
+        "--uds",
+        type=Path,
+        metavar="PATH",
+        help="listen on this unix socket, which only you can open, instead of host and port",
+    )
+    parser.add_argument(
+        "--tls-cert", type=Path, metavar="PEM", help="serve https with this certificate (chain)"
+    )
+    parser.add_argument(
+        "--tls-key", type=Path, metavar="PEM", help="its key, where it is in a file of its own"
+    )
+    parser.add_argument(
         "--slots", type=int, default=4, help="requests computed at once (%(default)s)"
     )
     parser.add_argument(
@@ -175,11 +230,40 @@ def _serve_parser() -> argparse.ArgumentParser:
         help="fixed number of threads (the cores that other programs leave free)",
     )
     parser.add_argument(
+        "--backend",
+        choices=("auto", "cpu", "llamacpp"),
+        default="auto",
+        help="who computes: cpu is albor's own kernels (Q4_0 and Q8_0 of Llama, Qwen2 and Qwen3), "
+        "llamacpp runs everything else (auto: the first where it can)",
+    )
+    parser.add_argument(
         "--alias",
         action="append",
         default=[],
         metavar="NAME",
         help="name that clients use for the model; may be given several times",
+    )
+    parser.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="key that requests must bring; may be given several times. Other users of this "
+        "machine can see it here: prefer --api-key-file or the variable ALBOR_API_KEY",
+    )
+    parser.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="file with one key on each line; # starts a comment line",
+    )
+    parser.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="site whose pages may use the server, such as https://example.org, or * for all; "
+        "may be given several times (none)",
     )
     parser.add_argument(
         "--no-speculation",
@@ -191,6 +275,17 @@ def _serve_parser() -> argparse.ArgumentParser:
         default="warning",
         choices=("debug", "info", "warning", "error"),
         help="how much to log (%(default)s); info logs each request",
+    )
+    parser.add_argument(
+        "--log-format",
+        default="text",
+        choices=("text", "json"),
+        help="log lines for people or JSON objects, on standard error (%(default)s)",
+    )
+    parser.add_argument(
+        "--log-prompts",
+        action="store_true",
+        help="log each request with its body, code and all; nothing of it is logged otherwise",
     )
     parser.add_argument("--version", action="version", version=f"albor {__version__}")
     return parser
@@ -224,11 +319,14 @@ def _greeting(loaded: LoadedModel, address: str, start_s: float, first_token_ms:
     info = loaded.engine.backend.info
     fim = f"fill-in-the-middle: {loaded.template.family}" if loaded.template else "no FIM"
     example = json.dumps({"prompt": "def fib(n):\n", "max_tokens": 32, "temperature": 0})
+    curl, base = "curl", address
+    if address.startswith("unix:"):
+        curl, base = f"curl --unix-socket {shlex.quote(address[5:])}", "http://localhost"
     return (
         f"albor {__version__}: {loaded.name} ({loaded.description}, {fim}) on {info.device}, "
         f"{info.num_slots} slots of {loaded.engine.max_seq_len} tokens\n"
         f"listening on {address} after {start_s:.2f} s; first token in {first_token_ms:.0f} ms\n"
-        f"try: curl {address}/v1/completions -d '{example}'"
+        f"try: {curl} {base}/v1/completions -d '{example}'"
     )
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Literal
@@ -32,19 +33,23 @@ from albor_serve.errors import (
     RequestError,
 )
 from albor_serve.healing import ForcedBytes, TokenIndex
-from albor_serve.kv_slots import Slot, SlotTable
+from albor_serve.histogram import EngineMetrics, HistogramView
+from albor_serve.kv_slots import Slot, SlotTable, common_prefix_len
 from albor_serve.sampler import Sampled, Sampler, log_softmax, top_logprobs
+from albor_serve.scopes import ScopeGuard
 from albor_serve.sequence import (
+    CodeAround,
     Delta,
     Event,
     Failed,
     Finished,
     FinishReason,
     GenerateRequest,
+    StoppedBy,
     Timings,
     TokenInfo,
 )
-from albor_serve.speculate import Draft, DraftPolicy, RowCosts, propose
+from albor_serve.speculate import Draft, DraftPolicy, RowCosts, lookup_text, propose
 from albor_serve.stopping import IndentGuard, TextAssembler
 from albor_serve.tokenizer import Tokenizer
 
@@ -86,6 +91,12 @@ class EngineStats:
     num_new_tokens: int
     num_draft_tokens: int
     num_accepted: int
+    num_steps: int
+    """Backend calls that succeeded: while it grows, the engine gets on."""
+    num_stale_tokens: int
+    """Tokens computed for requests that were then cancelled."""
+    histograms: Mapping[str, HistogramView]
+    """By name: queue, first_token, inter_token, total, cancel (seconds), new_prompt_tokens."""
     failure: str | None
     """Why the backend can't be used any more; None while it can."""
 
@@ -117,8 +128,14 @@ class _Sequence:
     sampler: Sampler
     text: TextAssembler
     indent: IndentGuard
+    guard: ScopeGuard
+    drafts: TokenArray
+    """The request's drafts end to end, each after the end of the prompt."""
     timings: Timings = field(default_factory=Timings)
     is_cancelled: bool = False
+    cancelled_s: float = 0.0
+    group_has_begun: bool = False
+    """Another request of its group has had a slot: it may wait for its turn without limit."""
     admitted_s: float = 0.0
     decode_started_s: float = 0.0
     slot: Slot | None = None
@@ -128,6 +145,8 @@ class _Sequence:
     has_line_end: bool = False
     """Whether the text so far has one."""
     forced: ForcedBytes | None = None
+    is_unsure: bool = False
+    """Whether the next token was too unlikely to be shown."""
     prompt_infos: list[TokenInfo] = field(default_factory=list)
 
     @property
@@ -138,6 +157,16 @@ class _Sequence:
     def deadline_s(self) -> float:
         limit_ms = self.request.deadline_ms
         return float("inf") if limit_ms is None else self.submitted_s + limit_ms / 1000
+
+    @property
+    def stopped_by(self) -> StoppedBy | None:
+        if self.text.stopped_by is not None and self.guard.stopped_by is None:
+            return "stop"
+        if self.guard.stopped_by is not None:
+            return self.guard.stopped_by
+        if self.indent.is_done:
+            return "indent"
+        return "confidence" if self.is_unsure else None
 
     @property
     def held_slot(self) -> Slot:
@@ -193,6 +222,8 @@ class Engine:
         self._failure: BackendError | None = None
         self._totals = Timings()
         self._num_requests = self._num_finished = self._num_cancelled = self._num_failed = 0
+        self._num_steps = 0
+        self._metrics = EngineMetrics()
 
         self._thread = threading.Thread(target=self._run, name="albor-engine", daemon=True)
 
@@ -222,7 +253,7 @@ class Engine:
     def submit(self, request: GenerateRequest, on_event: EventSink) -> Ticket:
         """Queue a request; `on_event` gets its events on the engine's thread.
 
-        A request with a session cancels that session's earlier ones.
+        A request with a session cancels that session's earlier ones, unless it says otherwise.
 
         Raises:
             RequestError: a token id is outside the vocabulary. PromptTooLongError: it does not
@@ -235,7 +266,7 @@ class Engine:
             if self._state != "running":
                 raise EngineClosedError("the server is shutting down: try again later")
             self._check_queue()
-            if request.session is not None:
+            if request.session is not None and request.supersede:
                 self._supersede(request.session, request.group)
             self._inbox.append(sequence)
             self._num_requests += 1
@@ -248,6 +279,23 @@ class Engine:
                 self._backend.abort.set()
             self._wake.notify()
         return Ticket(sequence.request_id, lambda: self._cancel(sequence))
+
+    @property
+    def prefill_ms_per_token(self) -> float:
+        """Measured milliseconds for each token of a long prompt; 0 while not known."""
+        return self._prefill_ms_per_token
+
+    def prefill_ms(self, prompt: Sequence[int]) -> float:
+        """Estimate of how long `prompt` would take to compute now, cached tokens left out.
+
+        From any thread; 0 while the backend's speed is not known. Waiting for others' requests
+        is not counted.
+        """
+        wanted = np.array(prompt, dtype=np.int32)
+        cached_len = max(
+            common_prefix_len(slot.tokens[: slot.cached_len], wanted) for slot in self._slots.slots
+        )
+        return (wanted.size - cached_len) * self._prefill_ms_per_token
 
     def stats(self) -> EngineStats:
         """A snapshot for people and metrics."""
@@ -267,6 +315,16 @@ class Engine:
                 num_new_tokens=self._totals.num_new_tokens,
                 num_draft_tokens=self._totals.num_draft_tokens,
                 num_accepted=self._totals.num_accepted,
+                num_steps=self._num_steps,
+                num_stale_tokens=self._metrics.num_stale_tokens,
+                histograms={
+                    "queue": self._metrics.queue.view(),
+                    "first_token": self._metrics.first_token.view(),
+                    "inter_token": self._metrics.inter_token.view(),
+                    "total": self._metrics.total.view(),
+                    "cancel": self._metrics.cancel.view(),
+                    "new_prompt_tokens": self._metrics.new_prompt_tokens.view(),
+                },
                 failure=None if self._failure is None else str(self._failure),
             )
 
@@ -299,12 +357,18 @@ class Engine:
                 f"a prompt token id is outside this model's vocabulary: use 0 to {vocab_size - 1}",
                 param="prompt",
             )
+        if not all(0 <= token_id < vocab_size for draft in request.drafts for token_id in draft):
+            raise RequestError(
+                f"a draft's token id is outside this model's vocabulary: use 0 to {vocab_size - 1}",
+                param="drafts",
+            )
         if not all(0 <= token_id < vocab_size for token_id, _ in request.sampling.logit_bias):
             raise RequestError(
                 f"a logit_bias token id is outside this model's vocabulary: use 0 to "
                 f"{vocab_size - 1}",
                 param="logit_bias",
             )
+        code = request.code or CodeAround("", "")
         banned = self._tokenizer.eos_token_ids if request.ignore_eos else ()
         return _Sequence(
             request=request,
@@ -315,6 +379,8 @@ class Engine:
             sampler=Sampler(request.sampling, vocab_size, request.prompt, banned),
             text=TextAssembler(request.stop),
             indent=IndentGuard(request.min_indent),
+            guard=ScopeGuard(request.stop_scope, code.before, code.after, code.path),
+            drafts=lookup_text(request.prompt, request.drafts),
         )
 
     def _check_queue(self) -> None:
@@ -339,7 +405,9 @@ class Engine:
             self._wake.notify()
 
     def _mark_cancelled(self, sequence: _Sequence) -> None:
-        sequence.is_cancelled = True
+        if not sequence.is_cancelled:
+            sequence.is_cancelled = True
+            sequence.cancelled_s = self._clock()
         if self._in_flight and all(other.is_cancelled for other in self._in_flight):
             self._backend.abort.set()
 
@@ -390,12 +458,22 @@ class Engine:
         """End requests that were cancelled or whose time is up."""
         now = self._clock()
         queue_timeout_s = self._config.queue_timeout_ms / 1000
+        groups = {sequence.request.group for sequence in self._running} - {None}
+        for sequence in self._waiting:
+            sequence.group_has_begun |= sequence.request.group in groups
         for sequence in (*self._waiting, *self._running):
             if sequence.is_cancelled:
                 self._finish(sequence, "cancelled")
             elif now >= sequence.deadline_s:
+                text = self._flush(sequence)
+                if text:
+                    self._emit(sequence, Delta(text))
                 self._finish(sequence, "deadline")
-            elif sequence.slot is None and now - sequence.submitted_s > queue_timeout_s:
+            elif (
+                sequence.slot is None
+                and not sequence.group_has_begun
+                and now - sequence.submitted_s > queue_timeout_s
+            ):
                 self._fail(
                     sequence,
                     QueueTimeoutError(
@@ -572,6 +650,8 @@ class Engine:
             self._backend.info.max_batch_len - 1,
         )
         history = sequence.held_slot.tokens[: sequence.num_tokens]
+        if sequence.drafts.size:
+            history = np.concatenate((sequence.drafts, history))
         # What would have been guessed one token ago, scored against the token that came.
         if sequence.timings.num_new_tokens > 1:
             past = propose(history[:-1], 1)
@@ -600,6 +680,10 @@ class Engine:
                 return
             if timings.first_token_ms is None:
                 timings.first_token_ms = (now - sequence.submitted_s) * 1000
+            if self._is_unsure(sequence, sampled):
+                sequence.is_unsure = True
+                reason = "stop"
+                break
             text += self._accept(sequence, sampled, infos)
             sequence.has_line_end = sequence.has_line_end or "\n" in text
             reason = self._end_of(sequence, sampled.token_id)
@@ -615,11 +699,21 @@ class Engine:
                 # This model's cache can't be cut: a wrong guess costs the whole prompt.
                 self._draft_policy = None
         if reason is not None and reason != "cancelled":
-            text += sequence.indent.feed(sequence.text.flush()) + sequence.indent.flush()
+            text += self._flush(sequence)
         if text or infos:
             self._emit(sequence, Delta(text, tuple(infos)))
         if reason is not None:
             self._finish(sequence, reason)
+
+    def _is_unsure(self, sequence: _Sequence, sampled: Sampled) -> bool:
+        """Whether a token is too unlikely to be shown; those that show nothing never are."""
+        limit = sequence.request.min_confidence
+        if limit <= 0.0 or sampled.logprob is None or math.exp(sampled.logprob) >= limit:
+            return False
+        if self._is_end_token(sequence, sampled.token_id):
+            return False
+        piece = self._tokenizer.token_bytes(sampled.token_id)
+        return sequence.forced is None or len(piece) > sequence.forced.num_remaining
 
     def _accept(self, sequence: _Sequence, sampled: Sampled, infos: list[TokenInfo]) -> str:
         """Add one sampled token to the sequence; return the text that it settles."""
@@ -642,7 +736,12 @@ class Engine:
                 return ""
         sequence.timings.num_new_tokens += 1
         infos.append(TokenInfo(token_id, piece, sampled.logprob, sampled.top_logprobs))
-        return sequence.indent.feed(sequence.text.feed(piece))
+        return sequence.indent.feed(sequence.guard.feed(sequence.text.feed(piece)))
+
+    def _flush(self, sequence: _Sequence) -> str:
+        """Text that was held back, once nothing more comes."""
+        text = sequence.guard.feed(sequence.text.flush()) + sequence.guard.flush()
+        return sequence.indent.feed(text) + sequence.indent.flush()
 
     def _is_end_token(self, sequence: _Sequence, token_id: int) -> bool:
         return (
@@ -651,9 +750,7 @@ class Engine:
 
     def _end_of(self, sequence: _Sequence, token_id: int) -> FinishReason | None:
         """Why the sequence ends after this token, or None."""
-        if self._is_end_token(sequence, token_id) or sequence.text.stopped_by is not None:
-            return "stop"
-        if sequence.indent.is_done:
+        if self._is_end_token(sequence, token_id) or sequence.stopped_by is not None:
             return "stop"
         limit_ms = sequence.request.max_decode_ms
         if limit_ms is not None and sequence.has_line_end:
@@ -673,16 +770,18 @@ class Engine:
                 return None
             self._backend.abort.clear()
             self._in_flight = tuple(sequences)
+        logits = None
         try:
             logits = self._backend.extend(steps)
         except Aborted:
-            logits = None
+            pass
         except BackendError as error:
             self._on_backend_error(sequences, error)
             return None
         finally:
             with self._lock:
                 self._in_flight = ()
+                self._num_steps += logits is not None
         for sequence in sequences:
             slot = sequence.held_slot
             slot.cached_len = self._backend.length(slot.index)
@@ -709,6 +808,11 @@ class Engine:
                 self._num_cancelled += 1
             else:
                 self._num_finished += 1
+            num_computed = 0
+            if sequence.slot is not None:
+                num_computed = max(0, sequence.slot.cached_len - timings.num_cached_tokens)
+            cancel_s = now - sequence.cancelled_s if sequence.cancelled_s else 0.0
+            self._metrics.observe(reason, timings, num_computed, cancel_s)
             totals = self._totals
             totals.num_prompt_tokens += timings.num_prompt_tokens
             totals.num_cached_tokens += timings.num_cached_tokens
@@ -718,7 +822,13 @@ class Engine:
         self._release(sequence)
         self._emit(
             sequence,
-            Finished(reason, timings, tuple(sequence.prompt_infos), sequence.text.stopped_by),
+            Finished(
+                reason,
+                timings,
+                tuple(sequence.prompt_infos),
+                sequence.text.stopped_by if sequence.stopped_by == "stop" else None,
+                sequence.stopped_by,
+            ),
         )
 
     def _fail(self, sequence: _Sequence, error: AlborError) -> None:

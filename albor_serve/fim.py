@@ -8,6 +8,7 @@ before the cursor comes last (SPM), typing only appends tokens, so the KV cache 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -16,6 +17,7 @@ from albor_serve.tokenizer import Tokenizer
 
 __all__ = [
     "TEMPLATES",
+    "ExtraFile",
     "FimPrompt",
     "FimTemplate",
     "Segment",
@@ -167,6 +169,14 @@ def heal_text(text: str) -> tuple[str, str]:
 
 
 @dataclass(frozen=True, slots=True)
+class ExtraFile:
+    """A piece of another file that helps to complete this one."""
+
+    path: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class FimPrompt:
     """A prompt made of the code around a cursor."""
 
@@ -177,10 +187,55 @@ class FimPrompt:
     """Characters left out at the start of the prefix."""
     num_suffix_dropped: int
     """Characters left out at the end of the suffix."""
+    num_context_dropped: int = 0
+    """Extra files left out, the first first: they stand farthest from the cursor."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing was left out."""
+        return not (self.num_prefix_dropped or self.num_suffix_dropped or self.num_context_dropped)
 
 
 PREFIX_SHARE: Final = 0.75
 """Of a window that is too small for both, the part that the text before the cursor gets."""
+SUFFIX_STEP_LEN: Final = 32
+"""A suffix that is cut keeps a multiple of so many tokens, so that typing rarely changes it."""
+MAX_ANCHOR_LINES: Final = 64
+"""A prefix that is cut starts at a multiple of up to so many lines, so that typing rarely moves
+the start; see DESIGN.md, anchored windows."""
+
+_REPOSITORY_TOKENS: Final = (("<|repo_name|>", "<|file_sep|>"), ("<repo_name>", "<file_sep>"))
+"""Control tokens of a repository's name and of each file, by family."""
+_PROJECT: Final = "project"
+"""Stands for the repository's name, which nobody knows here."""
+_SLASH_COMMENTS: Final = frozenset(
+    (
+        "c",
+        "cc",
+        "cpp",
+        "cs",
+        "cu",
+        "dart",
+        "go",
+        "h",
+        "hpp",
+        "java",
+        "js",
+        "jsx",
+        "kt",
+        "m",
+        "mm",
+        "php",
+        "rs",
+        "scala",
+        "scss",
+        "swift",
+        "ts",
+        "tsx",
+        "zig",
+    )
+)
+_MARKUP_COMMENTS: Final = frozenset(("htm", "html", "md", "svelte", "vue", "xml"))
 
 
 def build_fim_prompt(
@@ -191,11 +246,14 @@ def build_fim_prompt(
     *,
     max_prompt_len: int,
     heal: bool = True,
+    path: str | None = None,
+    extra: Sequence[ExtraFile] = (),
 ) -> FimPrompt:
     """Tokens of a fill-in-the-middle prompt of at most `max_prompt_len` tokens.
 
-    Code is tokenized as text, so it can't inject control tokens. Where it is too long, the
-    prefix keeps its end and the suffix its start, both cut at line starts if possible.
+    Code is tokenized as text, so it can't inject control tokens. Where it is too long, extra files
+    go first; then the prefix keeps its end and the suffix its start, both cut at line starts if
+    possible. `extra` comes most stable first; `path` is the current file's.
 
     Raises:
         PromptTooLongError: max_prompt_len does not even hold the control tokens.
@@ -218,18 +276,90 @@ def build_fim_prompt(
         for_prefix = max(int(room * PREFIX_SHARE), room - len(after))
         before, cut = _keep_end(tokenizer, kept, before, min(for_prefix, len(before)))
         dropped_before = cut
-        after, dropped_after = _keep_start(tokenizer, fim_suffix, after, room - len(before))
-    tokens: list[int] = [*bos]
+        for_suffix = room - len(before)
+        if for_suffix < len(after) and for_suffix > SUFFIX_STEP_LEN:
+            for_suffix -= for_suffix % SUFFIX_STEP_LEN
+        after, dropped_after = _keep_start(tokenizer, fim_suffix, after, for_suffix)
+    context, is_document, dropped_context = _context(
+        tokenizer, path, extra, room - len(before) - len(after)
+    )
+    tokens: list[int] = [*bos, *(context if is_document else ())]
     for part in template.parts:
         if isinstance(part, str):
             token_id = tokenizer.special_id(part)
             assert token_id is not None, "detect_template checked the vocabulary"
             tokens.append(token_id)
+        elif part is PREFIX:
+            tokens += before if is_document else [*context, *before]
         else:
-            tokens += before if part is PREFIX else after
+            tokens += after
     return FimPrompt(
-        tuple(tokens), forced.encode("utf-8", "replace"), dropped_before, dropped_after
+        tuple(tokens),
+        forced.encode("utf-8", "replace"),
+        dropped_before,
+        dropped_after,
+        dropped_context,
     )
+
+
+def _context(
+    tokenizer: Tokenizer, path: str | None, extra: Sequence[ExtraFile], room: int
+) -> tuple[list[int], bool, int]:
+    """(tokens of other files and of this one's path, whether they are documents of their own,
+    files left out). A family without tokens for files gets comments at the start of the prefix.
+    """
+    if path is None and not extra:
+        return [], True, 0
+    marks = _repository_tokens(tokenizer)
+    if marks is not None:
+        repo_name, file_sep = marks
+        head = [repo_name, *tokenizer.encode(f"{_PROJECT}\n")]
+        tail = [file_sep, *tokenizer.encode(f"{_one_line(path or 'untitled')}\n")]
+        room -= len(head)
+    else:
+        head = []
+        tail = tokenizer.encode(_comment(path)) if path is not None else []
+    room -= len(tail)
+    if room < 0:
+        return [], marks is not None, len(extra)
+    pieces: list[list[int]] = []
+    for file in reversed(extra):  # the nearest first
+        if marks is not None:
+            # No token is longer than some tens of bytes: a file that can't fit isn't tokenized.
+            text = f"{_one_line(file.path)}\n{file.text}\n"
+            piece = [marks[1], *tokenizer.encode(text)] if len(text) <= room * 64 else None
+        else:
+            text = f"{_comment(file.path)}{file.text}\n\n"
+            piece = tokenizer.encode(text) if len(text) <= room * 64 else None
+        if piece is None or len(piece) > room:
+            break
+        room -= len(piece)
+        pieces.insert(0, piece)
+    tokens = [*head, *(token for piece in pieces for token in piece), *tail]
+    return tokens, marks is not None, len(extra) - len(pieces)
+
+
+def _repository_tokens(tokenizer: Tokenizer) -> tuple[int, int] | None:
+    for repo_spelling, file_spelling in _REPOSITORY_TOKENS:
+        repo_name, file_sep = (tokenizer.special_id(s) for s in (repo_spelling, file_spelling))
+        if repo_name is not None and file_sep is not None:
+            return repo_name, file_sep
+    return None
+
+
+def _one_line(path: str) -> str:
+    return " ".join(path.split())
+
+
+def _comment(path: str) -> str:
+    """A path as a comment line of its language."""
+    name = _one_line(path)
+    extension = name.rpartition(".")[2].lower()
+    if extension in _SLASH_COMMENTS:
+        return f"// {name}\n"
+    if extension in _MARKUP_COMMENTS:
+        return f"<!-- {name} -->\n"
+    return f"# {name}\n"
 
 
 def _keep_end(tokenizer: Tokenizer, text: str, ids: list[int], limit: int) -> tuple[list[int], int]:
@@ -241,11 +371,29 @@ def _keep_end(tokenizer: Tokenizer, text: str, ids: list[int], limit: int) -> tu
     # Without a line end in reach, half a line is better than nothing.
     if 0 < line_start < len(tail):
         tail = tail[line_start:]
+        tail = tail[_to_anchor(text, len(text) - len(tail), limit) :]
     fitted = tokenizer.encode(tail)
     while len(fitted) > limit:  # a cut can change where tokens end
         tail = tail[max(1, len(tail) // 16) :]
         fitted = tokenizer.encode(tail)
     return fitted, len(text) - len(tail)
+
+
+def _to_anchor(text: str, start: int, limit: int) -> int:
+    """Characters from `start`, a line's start, to the next line whose number is anchored.
+
+    The step between such lines is a power of two and about a quarter of the window at most.
+    """
+    step = 1
+    while step < MAX_ANCHOR_LINES and step * 80 <= limit:
+        step *= 2
+    num_to_skip = -text.count("\n", 0, start) % step
+    at = start
+    for _ in range(num_to_skip):
+        at = text.find("\n", at) + 1
+        if at == 0 or at - start > (len(text) - start) // 2:
+            return 0  # long lines: keep what there is
+    return at - start
 
 
 def _keep_start(

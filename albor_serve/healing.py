@@ -67,6 +67,11 @@ class ForcedBytes:
         """Whether every forced byte has been produced."""
         return not self._remaining
 
+    @property
+    def num_remaining(self) -> int:
+        """Forced bytes that have not been produced yet."""
+        return len(self._remaining)
+
     def allowed(self) -> TokenIds | None:
         """Ids that may come next; None for no limit. Empty if the vocabulary cannot spell it."""
         return self._index.compatible(self._remaining) if self._remaining else None

@@ -7,18 +7,31 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
+from albor_serve.backends.base import Backend
 from albor_serve.backends.calibrate import calibrate
-from albor_serve.backends.llamacpp import LlamaCppBackend
-from albor_serve.backends.llamacpp_tokenizer import choose_tokenizer
+from albor_serve.backends.cpu import CpuBackend, unsupported
+from albor_serve.backends.llamacpp import LlamaCppBackend, LlamaCppVocabulary
+from albor_serve.backends.llamacpp_tokenizer import LlamaCppTokenizer, choose_tokenizer
+from albor_serve.checkpoint import open_checkpoint
 from albor_serve.checkpoint.gguf_header import GgufHeader, open_gguf_header
 from albor_serve.config import EngineConfig
 from albor_serve.engine import Engine
 from albor_serve.errors import CheckpointError, CheckpointFormatError, ConfigError
 from albor_serve.fim import FimTemplate, detect_template
+from albor_serve.kernels.cpu_decode import best_instruction_set
 from albor_serve.tokenizer import Tokenizer
 
-__all__ = ["EMBEDDED_MODEL", "LoadOptions", "LoadedModel", "load_model"]
+__all__ = [
+    "EMBEDDED_MODEL",
+    "BackendChoice",
+    "LoadOptions",
+    "LoadedModel",
+    "OpenBackend",
+    "load_model",
+    "open_backend",
+]
 
 EMBEDDED_MODEL = "albor-33m-q4_0.gguf"
 MAX_DEFAULT_SEQ_LEN = 4096
@@ -27,6 +40,10 @@ CALIBRATION_MS = 150.0
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and how much of it is, 0.0 to 1.0."""
+
+
+BackendChoice = Literal["auto", "cpu", "llamacpp"]
+"""Who computes: albor's own CPU kernels, llama.cpp, or the first where it can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +56,74 @@ class LoadOptions:
     num_threads: int | None = None
     """None takes the machine's physical cores and follows its load."""
     speculate: bool = True
+    backend: BackendChoice = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class OpenBackend:
+    """A backend, the tokenizer inside its file, and what the file is."""
+
+    backend: Backend
+    tokenizer: LlamaCppTokenizer
+    """It lives as long as the backend is open."""
+    kind: str
+    """Architecture, size and format, for people."""
+
+
+def open_backend(
+    path: Path,
+    num_slots: int,
+    max_seq_len: int,
+    *,
+    choice: BackendChoice = "auto",
+    num_threads: int | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> OpenBackend:
+    """Load a GGUF file into the backend that runs it fastest here.
+
+    Raises:
+        ConfigError: `choice` is "cpu" and albor's kernels can't run this model here.
+        What LlamaCppBackend.load and CpuBackend raise.
+    """
+    # The kernels for AVX2 and AVX-VNNI do not beat llama.cpp yet: they are for who asks.
+    wanted = choice == "cpu" or (choice == "auto" and best_instruction_set() == "avx512")
+    if wanted:
+        checkpoint = open_checkpoint(path)
+        reason = unsupported(checkpoint)
+        if reason is None:
+            vocabulary = LlamaCppVocabulary(path)
+            config = checkpoint.config
+            if vocabulary.tokenizer.vocab_size != config.vocab_size:
+                reason = "its vocabulary and its embedding differ in size"
+                vocabulary.close()
+        if reason is None:
+            try:
+                backend = CpuBackend(
+                    checkpoint,
+                    num_slots,
+                    max_seq_len,
+                    num_threads,
+                    progress,
+                    on_close=vocabulary.close,
+                )
+            except BaseException:
+                vocabulary.close()
+                raise
+            stored = checkpoint.quantized("model.layers.0.mlp.down_proj.weight").format
+            size = config.num_parameters / 1e6
+            kind = f"{config.architecture} {stored}, {size:.0f}M parameters"
+            return OpenBackend(backend, vocabulary.tokenizer, kind)
+        if choice == "cpu":
+            raise ConfigError(
+                f"albor's CPU kernels can't run {path.name}: {reason}; leave out --backend cpu"
+            )
+    native = LlamaCppBackend.load(
+        path, num_slots, max_seq_len, num_threads=num_threads, progress=progress
+    )
+    info = native.model_info
+    # llama.cpp prints "?B" for sizes that it has no name for.
+    kind = f"{info.description.replace('?B ', '')}, {info.num_parameters / 1e6:.0f}M parameters"
+    return OpenBackend(native, native.tokenizer, kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,35 +163,34 @@ def load_model(
         num_slots=options.num_slots, max_seq_len=max_seq_len, speculate=options.speculate
     )
     _check_memory(header, config)
-    backend = LlamaCppBackend.load(
+    opened = open_backend(
         path,
         config.num_slots,
         config.max_seq_len,
+        choice=options.backend,
         num_threads=options.num_threads,
         progress=lambda part: report("loading", part),
     )
     try:
-        tokenizer: Tokenizer = backend.tokenizer
+        tokenizer: Tokenizer = opened.tokenizer
         if folder is not None:
-            tokenizer = choose_tokenizer(backend.tokenizer, folder / "tokenizer.json")
-        info = backend.model_info
+            tokenizer = choose_tokenizer(opened.tokenizer, folder / "tokenizer.json")
+        full_name = _metadata_text(header, "general.name") or ""
         name = (folder or path).name.removesuffix(".gguf")
         template = detect_template(
             tokenizer,
-            f"{info.name} {name}",
+            f"{full_name} {name}",
             _metadata_text(header, "albor.fim.layout"),
         )
         engine = Engine(
-            backend, tokenizer, config, lambda b: calibrate(b, budget_ms=CALIBRATION_MS)
+            opened.backend, tokenizer, config, lambda b: calibrate(b, budget_ms=CALIBRATION_MS)
         )
     except BaseException:
-        backend.close()
+        opened.backend.close()
         raise
     if source is None:
-        name = info.name or name
-    # llama.cpp prints "?B" for sizes that it has no name for.
-    kind = info.description.replace("?B ", "")
-    description = f"{kind}, {info.num_parameters / 1e6:.0f}M parameters"
+        name = full_name or name
+    description = opened.kind
     return LoadedModel(name, description, engine, template, time.perf_counter() - started)
 
 

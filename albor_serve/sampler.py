@@ -84,8 +84,15 @@ class Sampler:
             token_id = self._choose(adjusted, None)
         if params.num_logprobs is None:
             return Sampled(token_id)
-        logprobs = log_softmax(logits)
+        if allowed is not None:
+            # The forced bytes are given: the choice is among the tokens that agree with them.
+            given = np.full_like(logits, -np.inf)
+            given[allowed] = logits[allowed]
+            logprobs = log_softmax(given)
+        else:
+            logprobs = log_softmax(logits)
         top = top_logprobs(logprobs, params.num_logprobs)
+        top = tuple((i, logprob) for i, logprob in top if math.isfinite(logprob))
         return Sampled(token_id, float(logprobs[token_id]), top)
 
     def accept(self, token_id: int) -> None:

@@ -12,8 +12,10 @@ from typing import Literal
 
 from albor_serve.config import SamplingParams
 from albor_serve.errors import AlborError, RequestError
+from albor_serve.scopes import StopScope
 
 __all__ = [
+    "CodeAround",
     "Delta",
     "Event",
     "Failed",
@@ -21,6 +23,7 @@ __all__ = [
     "Finished",
     "GenerateRequest",
     "Priority",
+    "StoppedBy",
     "Timings",
     "TokenInfo",
 ]
@@ -30,7 +33,22 @@ FinishReason = Literal["stop", "length", "deadline", "cancelled"]
 up. deadline: the request's time is up; the text so far is good. cancelled: by the caller or a
 newer request of the same session."""
 
+StoppedBy = Literal["stop", "line", "block", "scope", "suffix", "indent", "confidence"]
+"""stop: a stop string. line, block, scope: that scope is over. suffix: the answer began to repeat
+the code after the cursor. indent: a line had less indentation than asked for. confidence: the next
+token was too unlikely."""
+
 Priority = Literal["interactive", "background"]
+
+
+@dataclass(frozen=True, slots=True)
+class CodeAround:
+    """The code around the cursor, for the rules that end an answer."""
+
+    before: str
+    after: str
+    path: str | None = None
+    """Tells the language; it need not exist."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +68,18 @@ class GenerateRequest:
     forced_bytes: bytes = b""
     """Token healing: the answer must begin with these bytes (UTF-8 text that stands before the
     cursor but was left out of `prompt`); they are not returned."""
+    stop_scope: StopScope = "none"
+    """Where the answer ends at the latest; see scopes.py. Other than "none" needs `code`."""
+    code: CodeAround | None = None
+    min_confidence: float = 0.0
+    """The answer ends before its first token that is less likely than this, given the forced
+    bytes; 0 lets every token pass. Needs `sampling.num_logprobs`."""
+    drafts: tuple[tuple[int, ...], ...] = ()
+    """Texts, as tokens, that the answer may repeat, forced bytes included: guesses to verify."""
     session: str | None = None
     """A newer request of the same session cancels this one; the session's cache is protected."""
+    supersede: bool = True
+    """Whether this request cancels its session's earlier ones."""
     group: str | None = None
     """Requests of one group (the choices of one HTTP request) do not supersede each other."""
     deadline_ms: float | None = None
@@ -75,6 +103,12 @@ class GenerateRequest:
             raise RequestError("max_tokens must be 0 or more", param="max_tokens")
         if self.deadline_ms is not None and not self.deadline_ms > 0:
             raise RequestError("deadline_ms must be above 0", param="deadline_ms")
+        if not 0.0 <= self.min_confidence <= 1.0:
+            raise RequestError("min_confidence must be 0 to 1", param="min_confidence")
+        if self.min_confidence > 0 and self.sampling.num_logprobs is None:
+            raise RequestError("min_confidence needs log-probabilities", param="min_confidence")
+        if self.stop_scope != "none" and self.code is None:
+            raise RequestError("stop_scope needs the code around the cursor", param="stop_scope")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +120,8 @@ class TokenInfo:
     """The bytes of the answer that this token stands for; shorter than the vocabulary's entry
     where forced bytes were cut off."""
     logprob: float | None = None
-    """Natural log of the probability under the model, before temperature and filters; None
-    unless asked for, and for the first prompt token."""
+    """Natural log of the probability under the model, before temperature and filters but given
+    the forced bytes; None unless asked for, and for the first prompt token."""
     top_logprobs: tuple[tuple[int, float], ...] = ()
     """(token id, log-probability) of the most likely tokens, most likely first."""
 
@@ -137,6 +171,8 @@ class Finished:
     """One for each prompt token if prompt_logprobs was asked."""
     stop_string: str | None = None
     """The stop string that ended the answer, if one did."""
+    stopped_by: StoppedBy | None = None
+    """Which rule ended the answer; None where the model or a limit did."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,14 @@ costs and the acceptance seen so far say that it pays.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Draft", "DraftPolicy", "RowCosts", "propose"]
+__all__ = ["Draft", "DraftPolicy", "RowCosts", "lookup_text", "propose"]
 
 TokenArray = npt.NDArray[np.int32]
 
@@ -66,6 +67,16 @@ def propose(history: TokenArray, max_draft_len: int) -> Draft:
             break
         best_end, best_len = int(ends[-1]), match_len
     return Draft(tuple(history[best_end : best_end + max_draft_len].tolist()), best_len)
+
+
+def lookup_text(prompt: Sequence[int], drafts: Sequence[Sequence[int]]) -> TokenArray:
+    """Drafts as history that never was: int32 [T], each after the end of the prompt.
+
+    Put before the real history, `propose` then finds a draft's beginning after the prompt, and
+    finds the draft again where the answer has left it and come back.
+    """
+    tail = prompt[-MAX_MATCH_LEN:]
+    return np.array([i for draft in drafts for i in (*tail, *draft)], dtype=np.int32)
 
 
 class DraftPolicy:

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,7 +43,12 @@ def run(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess
 class Server:
     """albor-serve in a process of its own."""
 
-    def __init__(self, *arguments: str | Path, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        *arguments: str | Path,
+        env: dict[str, str] | None = None,
+        url: str = r"http://\S+",
+    ) -> None:
         self.process = subprocess.Popen(
             [*COMMAND, *map(str, arguments), "--port", "0"],
             cwd=ROOT,
@@ -53,7 +59,7 @@ class Server:
         )
         assert self.process.stdout is not None
         self.greeting = [self.process.stdout.readline() for _ in range(3)]
-        found = re.search(r"http://\S+", self.greeting[1])
+        found = re.search(url, self.greeting[1])
         assert found, self.stop(signal.SIGKILL)
         self.url = found.group()
 
@@ -93,6 +99,61 @@ def test_the_address_answers_as_soon_as_it_is_printed(gguf: Path, servers: list[
         host, _, port = server.url.removeprefix("http://").partition(":")
         servers.append(server)
         socket.create_connection((host, int(port)), timeout=5).close()
+
+
+def test_keys_come_from_the_environment_and_the_command_line(
+    gguf: Path, env: dict[str, str], servers: list[Server]
+) -> None:
+    server = Server(gguf, "--api-key", "given", env={**env, "ALBOR_API_KEY": "known"})
+    servers.append(server)
+    for key, status in (("given", 200), ("known", 200), ("other", 401)):
+        headers = {"authorization": f"Bearer {key}"}
+        assert httpx.get(f"{server.url}/v1/models", headers=headers).status_code == status
+
+
+def test_a_unix_socket_is_ours_alone_and_goes_at_the_end(
+    gguf: Path, tmp_path: Path, servers: list[Server]
+) -> None:
+    path = tmp_path / "albor.sock"
+    with socket.socket(socket.AF_UNIX) as abandoned:
+        abandoned.bind(str(path))  # as a killed server leaves it
+    server = Server(gguf, "--uds", path, url=r"unix:\S+")
+    servers.append(server)
+    assert path.stat().st_mode & 0o077 == 0
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(path))) as http:
+        assert http.get("http://localhost/health").status_code == 200
+        assert http.get("http://evil.example/health").status_code == 403
+    second = run(gguf, "--uds", path)
+    assert second.returncode == 2
+    assert_one_line(second)
+    assert path.exists()
+    command = server.greeting[2].removeprefix("try: ").strip()
+    output = subprocess.run(["sh", "-c", f"{command} -s"], capture_output=True, text=True)
+    assert json.loads(output.stdout)["choices"]
+    assert server.stop(signal.SIGTERM) == (0, "")
+    assert not path.exists()
+
+
+def test_serves_https(gguf: Path, tmp_path: Path, servers: list[Server]) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    made = subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
+            *("-nodes", "-days", "2", "-subj", "/CN=localhost"),
+            *("-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", cert),
+        ],
+        capture_output=True,
+    )
+    assert made.returncode == 0, made.stderr
+    result = run(gguf, "--tls-cert", cert)
+    assert result.returncode == 2
+    assert_one_line(result)
+    server = Server(gguf, "--tls-cert", cert, "--tls-key", key, url=r"https://\S+")
+    servers.append(server)
+    context = ssl.create_default_context(cafile=str(cert))
+    with httpx.Client(base_url=server.url, verify=context) as http:
+        answer = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})
+    assert answer.status_code == 200
 
 
 def test_the_example_in_the_greeting_works(gguf: Path, servers: list[Server]) -> None:
@@ -138,6 +199,13 @@ def test_a_port_in_use_is_one_line(gguf: Path) -> None:
         (["--ctx", "0", "--port", "0"], 2, "max_seq_len"),
         (["--threads", "0"], 2, "--threads"),
         (["--alias", ""], 2, "--alias"),
+        (["--api-key", ""], 2, "API key"),
+        (["--uds", "/nowhere/albor.sock"], 2, "--uds"),
+        (["--uds", "/tmp/" + "x" * 200], 2, "--uds"),
+        (["--tls-cert", "/nowhere/cert.pem"], 2, "--tls-cert"),
+        (["--tls-key", "/nowhere/key.pem"], 2, "--tls-cert"),
+        (["--api-key-file", "/nowhere/keys"], 2, "--api-key-file"),
+        (["--cors-origin", "example.org"], 2, "--cors-origin"),
         (["--host", ""], 2, "--host"),
         (["--ctx", "100000000"], 2, "--ctx"),
         (["--host", "203.0.113.1"], 2, "cannot listen"),

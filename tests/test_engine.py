@@ -411,6 +411,16 @@ def test_the_queue_has_limits_of_length_and_time(start: Start) -> None:
     running.wait()
 
 
+def test_a_group_that_has_begun_waits_without_limit(start: Start) -> None:
+    config = EngineConfig(num_slots=1, max_seq_len=256, queue_timeout_ms=60)
+    engine, _ = start(config, num_slots=1, ms_per_token=1.0)
+    grouped = [submit(engine, PROMPT, 60, group="g")[0] for _ in range(3)]
+    alone, _ = submit(engine, (1, 2), 5)
+    assert isinstance(alone.wait().error, QueueTimeoutError)
+    for reply in grouped:
+        assert len(reply.wait().token_ids) == 60
+
+
 def test_bad_requests_are_refused_at_once(start: Start) -> None:
     engine, backend = start(max_seq_len=64)
     with pytest.raises(PromptTooLongError, match="64 tokens") as caught:

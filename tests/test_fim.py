@@ -11,6 +11,8 @@ from albor_serve.errors import PromptTooLongError
 from albor_serve.fim import (
     MAX_HEALED_BYTES,
     TEMPLATES,
+    ExtraFile,
+    FimPrompt,
     build_fim_prompt,
     detect_template,
     fim_document,
@@ -195,3 +197,81 @@ def test_training_documents_join_prefix_and_middle_only_for_spm() -> None:
     psm = fim_document(QWEN, "P", "M", "S")
     assert "".join(s.text for s in psm) == "<|fim_prefix|>P<|fim_suffix|>S<|fim_middle|>M"
     assert [s.is_control for s in psm] == [True, False, True, False, True, False]
+
+
+class WithFiles(ByteTokenizer):
+    """Knows tokens for a repository's name and its files."""
+
+    def special_id(self, spelling: str) -> int | None:
+        known = {"<|repo_name|>": 3, "<|file_sep|>": 4}
+        return known.get(spelling, super().special_id(spelling))
+
+
+EXTRA = (ExtraFile("a.py", "A = 1"), ExtraFile("b.py", "B = 2"))
+
+
+def test_other_files_come_first_as_documents() -> None:
+    def build(limit: int) -> FimPrompt:
+        return build_fim_prompt(
+            QWEN, WithFiles(), "x =", "\ny", max_prompt_len=limit, path="c.py", extra=EXTRA
+        )
+
+    prompt = build(100)
+    want = (
+        *(3, *ids("project\n")),
+        *(4, *ids("a.py\nA = 1\n")),
+        *(4, *ids("b.py\nB = 2\n")),
+        *(4, *ids("c.py\n")),
+        *ids("<|fim_prefix|>x<|fim_suffix|>\ny<|fim_middle|>"),
+    )
+    assert (prompt.tokens, prompt.forced_bytes) == (want, b" =")
+    assert prompt.is_whole
+    one = build(len(want) - 1)
+    assert one.num_context_dropped == 1
+    assert b"A = 1" not in TOKENIZER.decode(one.tokens)
+    assert b"B = 2" in TOKENIZER.decode(one.tokens)
+    none = build(10)
+    assert none.num_context_dropped == 2
+    assert none.tokens == ids("<|fim_prefix|>x<|fim_suffix|>\ny<|fim_middle|>")
+
+
+def test_without_tokens_for_files_comments_name_them() -> None:
+    files = (ExtraFile("a.ts", "let a"), ExtraFile("b.html", "<b>"))
+    prompt = build_fim_prompt(
+        ALBOR, TOKENIZER, "x =", "\ny", max_prompt_len=200, path="d/c\n.py", extra=files
+    )
+    text = "// a.ts\nlet a\n\n<!-- b.html -->\n<b>\n\n# d/c .py\nx"
+    assert prompt.tokens == ids(f"<|fim_prefix|><|fim_suffix|>\ny<|fim_middle|>{text}")
+
+
+@given(
+    st.lists(st.builds(ExtraFile, CODE, CODE), max_size=4),
+    st.none() | st.just("a/b.go"),
+    st.integers(4, 120),
+    st.sampled_from([TOKENIZER, WithFiles()]),
+)
+def test_other_files_never_take_room_from_code(
+    extra: list[ExtraFile], path: str | None, limit: int, tokenizer: ByteTokenizer
+) -> None:
+    with_files = build_fim_prompt(
+        ALBOR, tokenizer, "a = b\n" * 4, "\nc", max_prompt_len=limit, path=path, extra=extra
+    )
+    alone = build_fim_prompt(ALBOR, tokenizer, "a = b\n" * 4, "\nc", max_prompt_len=limit)
+    assert len(with_files.tokens) <= limit
+    assert with_files.num_prefix_dropped == alone.num_prefix_dropped
+    assert with_files.num_suffix_dropped == alone.num_suffix_dropped
+    assert 0 <= with_files.num_context_dropped <= len(extra)
+
+
+def test_a_window_moves_in_steps_as_text_is_typed() -> None:
+    prefix = "".join(f"line {i:02}\n" for i in range(100))
+    suffix = "".join(f"\nafter {i}" for i in range(100))
+    starts, suffixes = set(), set()
+    for num in range(64):
+        prompt = build_fim_prompt(
+            ALBOR, TOKENIZER, prefix + "x" * num, suffix, max_prompt_len=403, heal=False
+        )
+        starts.add(prompt.num_prefix_dropped)
+        suffixes.add(prompt.num_suffix_dropped)
+    assert len(starts) <= 4
+    assert len(suffixes) <= 5

@@ -5,24 +5,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.responses import PlainTextResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from albor_serve import __version__
+from albor_serve.api.auth import ApiKeys, KeyCheck, SiteCheck
 from albor_serve.api.completion import Completion, CompletionSpec, Job, ServedModel, plan_jobs
 from albor_serve.api.dialect import LARGE_BODY_BYTES, MakeWriter, Writer, json_response
 from albor_serve.api.document import add_document, route
-from albor_serve.api.errors import PayloadTooLargeError, error_response
+from albor_serve.api.errors import BodyTimeoutError, PayloadTooLargeError, error_response
 from albor_serve.api.infill import infill_router
 from albor_serve.api.llamacpp_routes import llamacpp_router
+from albor_serve.api.metrics import METRICS_MEDIA_TYPE, metrics_text
 from albor_serve.api.mistral import mistral_router
 from albor_serve.api.openai import (
     CompletionAnswer,
@@ -33,6 +37,7 @@ from albor_serve.api.openai import (
     model_body,
     models_body,
 )
+from albor_serve.api.request_log import RequestLog
 from albor_serve.api.schemas import CompletionBody, parse_completion, parse_json
 from albor_serve.config import SamplingParams
 from albor_serve.errors import AlborError, BackendError, RequestError, UnknownModelError
@@ -53,9 +58,19 @@ class AppSettings:
     health_s: float = 30.0
     """How long a finished completion proves that the server works."""
     health_timeout_s: float = 10.0
+    """A completion that takes longer proves the server broken, unless it was busy: the engine has
+    got on with other requests meanwhile."""
+    body_s: float = 30.0
+    """How long a client may take to send its whole body."""
     allowed_hosts: tuple[str, ...] | None = ("localhost", "127.0.0.1", "[::1]")
     """Names a request's Host header may have, so that no web page can reach the server through a
     name of its own (DNS rebinding); None allows any."""
+    cors_origins: tuple[str, ...] = ()
+    """Sites whose pages may use the server, "*" for all; the server's own page always may."""
+    api_keys: ApiKeys = field(default_factory=lambda: ApiKeys(()))
+    """Keys of which every request but /health must bring one; empty: none is needed."""
+    log_prompts: bool = False
+    """Whether the log of requests holds their bodies."""
 
 
 def create_app(served: ServedModel, settings: AppSettings | None = None) -> FastAPI:
@@ -76,6 +91,7 @@ class _App:
         self._settings = settings
         self._last_ok_s = float("-inf")
         self._proof: asyncio.Task[None] | None = None
+        self._num_answers: Counter[int] = Counter()
 
     def make(self) -> FastAPI:
         app = FastAPI(
@@ -88,6 +104,7 @@ class _App:
         app.add_exception_handler(AlborError, _on_albor_error)
         app.add_exception_handler(HTTPException, _on_http_error)
         app.add_exception_handler(RequestValidationError, _on_validation_error)
+        app.add_exception_handler(ClientDisconnect, _on_disconnect)
         app.add_exception_handler(Exception, _on_bug)
         route(
             app,
@@ -126,10 +143,27 @@ class _App:
             summary="200 only if a completion has worked, or got on, just now.",
             answer=Health,
         )
+        route(
+            app,
+            "GET",
+            "/metrics",
+            self.metrics,
+            summary="Counters and histograms for Prometheus.",
+            media_type=METRICS_MEDIA_TYPE,
+        )
         app.add_api_route("/health", self.health, methods=["HEAD"], include_in_schema=False)
-        app.add_api_route("/", self.home, methods=["GET"], response_class=PlainTextResponse)
+        route(app, "GET", "/", self.home, summary="What this is.", media_type="text/plain")
         add_document(app)
-        app.add_middleware(_SiteCheck, allowed=self._settings.allowed_hosts)
+        # The last one added is the outermost: ids and the log see every answer.
+        app.add_middleware(KeyCheck, keys=self._settings.api_keys)
+        app.add_middleware(
+            SiteCheck,
+            allowed_hosts=self._settings.allowed_hosts,
+            cors_origins=self._settings.cors_origins,
+        )
+        app.add_middleware(
+            RequestLog, num_answers=self._num_answers, log_prompts=self._settings.log_prompts
+        )
         return app
 
     async def completions(self, request: Request) -> Response:
@@ -150,7 +184,13 @@ class _App:
 
     async def read_json(self, request: Request) -> tuple[Any, int]:
         """(the parsed body, its size in bytes); see `Host`."""
-        data = await _read_body(request, self._settings.max_body_bytes)
+        try:
+            async with asyncio.timeout(self._settings.body_s):
+                data = await _read_body(request, self._settings.max_body_bytes)
+        except TimeoutError:
+            raise BodyTimeoutError(
+                f"the body did not arrive within {self._settings.body_s:g} s: send it faster"
+            ) from None
         return parse_json(data), len(data)
 
     async def find_model(self, name: str | None) -> ServedModel:
@@ -191,6 +231,11 @@ class _App:
             raise _unknown_model(self._served)
         return json_response(model_body(self._served, name))
 
+    async def metrics(self) -> Response:
+        """Counters and histograms for Prometheus."""
+        models = {self._served.name: self._served.engine.stats()}
+        return Response(metrics_text(models, self._num_answers), media_type=METRICS_MEDIA_TYPE)
+
     async def health(self) -> Response:
         """200 only if a completion has worked, or got on, just now."""
         engine = self._served.engine
@@ -211,12 +256,14 @@ class _App:
         """What this is, for a person with a browser."""
         return (
             f"albor {__version__} serves {self._served.name}\n"
-            f"POST /v1/completions   GET /v1/models   GET /health   GET /openapi.json\n"
+            "POST /v1/completions   GET /v1/models   GET /health   GET /metrics   "
+            "GET /openapi.json\n"
         )
 
     async def _prove(self) -> None:
-        """Complete one token, or raise."""
+        """Complete one token, or see others' prompts and answers get on, or raise."""
         engine = self._served.engine
+        num_steps = engine.stats().num_steps
         tokens = engine.tokenizer.encode("\n") or [0]
         jobs = [_probe(tokens)]
         completion = Completion(engine, jobs)
@@ -224,6 +271,9 @@ class _App:
             async with asyncio.timeout(self._settings.health_timeout_s):
                 await completion.wait()
         except TimeoutError:
+            if engine.stats().num_steps > num_steps:
+                self._worked()
+                return
             raise BackendError(
                 f"no completion within {self._settings.health_timeout_s:g} s: the server is "
                 f"overloaded or stuck"
@@ -298,40 +348,6 @@ class _SseResponse(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-class _SiteCheck:
-    """Refuses what a web page of another site sends: a Host or an Origin that is not ours."""
-
-    def __init__(self, app: ASGIApp, allowed: tuple[str, ...] | None) -> None:
-        self._app = app
-        self._allowed = allowed
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._allowed is not None:
-            headers = dict(scope["headers"])
-            host = headers.get(b"host", b"").decode("latin-1").lower()
-            origin = headers.get(b"origin", b"").decode("latin-1").lower()
-            site = origin.partition("://")[2]
-            if not all(_host_name(name) in ("", *self._allowed) for name in (host, site)):
-                error = RequestError(
-                    "this server answers only to pages and names of this machine: use 127.0.0.1 "
-                    "or localhost, or start it with --host and the name",
-                    code="host_not_allowed",
-                )
-                await error_response(error, 403)(scope, receive, send)
-                return
-            if origin and not site:  # "null": a sandboxed page or a local file
-                await error_response(RequestError("this Origin is not allowed"), 403)(
-                    scope, receive, send
-                )
-                return
-        await self._app(scope, receive, send)
-
-
-def _host_name(host: str) -> str:
-    """The name in "name:port"; IPv6 addresses keep their brackets."""
-    return host if host.endswith("]") else host.rsplit(":", 1)[0]
-
-
 async def _read_body(request: Request, limit: int) -> bytes:
     """The whole body, refused as soon as it is known to be too long."""
     too_large = PayloadTooLargeError(
@@ -391,6 +407,10 @@ async def _on_http_error(_request: Request, error: Exception) -> Response:
 
 async def _on_validation_error(_request: Request, _error: Exception) -> Response:
     return error_response(RequestError("the request could not be read"), 400)
+
+
+async def _on_disconnect(_request: Request, _error: Exception) -> Response:
+    return error_response(RequestError("the client went away"), 400)  # nobody reads it
 
 
 async def _on_bug(_request: Request, _error: Exception) -> Response:

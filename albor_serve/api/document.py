@@ -103,13 +103,13 @@ def route(
     responses: dict[str, Any] = {"200": {"description": "Done.", "content": content}}
     for status in statuses:
         responses[str(status)] = {"description": _STATUSES[status], "content": error}
-    extra: dict[str, Any] = {"responses": responses}
+    models = [model for model in (ErrorBody, body, answer) if model is not None]
+    extra: dict[str, Any] = {"responses": responses, _SCHEMAS: _schemas(models)}
     if body is not None:
         extra["requestBody"] = {
             "required": True,
             "content": {"application/json": {"schema": _ref(body)}},
         }
-    handler.__dict__[_MODELS] = tuple(m for m in (ErrorBody, body, answer) if m is not None)
     router.add_api_route(
         path,
         handler,
@@ -131,7 +131,7 @@ def add_document(app: FastAPI) -> None:
     app.openapi = document  # type: ignore[method-assign]  # FastAPI's own way to extend it
 
 
-_MODELS = "x-albor-models"
+_SCHEMAS = "x-albor-schemas"
 """Where a route keeps its schemas until the document is built."""
 
 
@@ -139,14 +139,21 @@ def _build(app: FastAPI) -> dict[str, Any]:
     document = get_openapi(
         title=app.title, version=app.version, summary=app.summary, routes=app.routes
     )
-    models: list[type[BaseModel]] = []
+    schemas: dict[str, Any] = {}
     for path in document["paths"].values():
         for operation in path.values():
-            models += operation.pop(_MODELS, [])
-    unique = list(dict.fromkeys(models))
-    _, schemas = models_json_schema([(model, "validation") for model in unique], ref_template=REF)
-    document["components"] = {"schemas": schemas.get("$defs", {})}
+            schemas |= operation.pop(_SCHEMAS, {})
+            # FastAPI's own checks, which no route uses.
+            operation["responses"].pop("422", None)
+    document["components"] = {"schemas": dict(sorted(schemas.items()))}
     return document
+
+
+def _schemas(models: Sequence[type[BaseModel]]) -> dict[str, Any]:
+    """JSON schemas of these models and of those inside them, by name."""
+    _, schemas = models_json_schema([(model, "validation") for model in models], ref_template=REF)
+    defs: dict[str, Any] = schemas.get("$defs", {})
+    return defs
 
 
 def _ref(model: type[BaseModel]) -> dict[str, str]:

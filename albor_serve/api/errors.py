@@ -19,6 +19,7 @@ from albor_serve.errors import (
 )
 
 __all__ = [
+    "BodyTimeoutError",
     "LoadingError",
     "PayloadTooLargeError",
     "SupersededError",
@@ -32,6 +33,10 @@ RETRY_AFTER_S = 1
 
 class PayloadTooLargeError(RequestError):
     """The request's body is larger than the server takes (HTTP 413)."""
+
+
+class BodyTimeoutError(RequestError):
+    """The request's body took too long to arrive (HTTP 408)."""
 
 
 class SupersededError(AlborError):
@@ -49,6 +54,8 @@ def status_of(error: AlborError) -> int:
             return 404
         case PayloadTooLargeError():
             return 413
+        case BodyTimeoutError():
+            return 408
         case RequestError():
             return 400
         case SupersededError():
@@ -66,6 +73,8 @@ def error_body(error: AlborError) -> dict[str, Any]:
     code = error.code if isinstance(error, RequestError) else None
     if code is None:
         match error:
+            case BodyTimeoutError():
+                code = "body_timeout"
             case UnknownModelError():
                 code = "model_not_found"
             case SupersededError():

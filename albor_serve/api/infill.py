@@ -17,18 +17,27 @@ from albor_serve.api.completion import CompletionSpec, ServedModel
 from albor_serve.api.dialect import Host
 from albor_serve.api.document import route
 from albor_serve.api.llamacpp import LlamaCppBody, LlamaCppResult, LlamaCppWriter
-from albor_serve.api.schemas import AlborOptions, Body, parse_body
+from albor_serve.api.schemas import (
+    MAX_EXTRA_CHARS,
+    MAX_EXTRA_FILES,
+    MAX_PATH_CHARS,
+    AlborOptions,
+    Body,
+    ExtraContext,
+    parse_body,
+)
 
 __all__ = ["InfillBody", "infill_router", "infill_spec"]
 
-MAX_EXTRA_CHUNKS = 128
-MAX_PATH_CHARS = 1024
+
+UNNAMED = "unnamed"
+"""Stands for the path of a piece that came without one."""
 
 
 class ExtraChunk(Body):
     """A piece of another file."""
 
-    text: str
+    text: Annotated[str, Field(max_length=MAX_EXTRA_CHARS)]
     filename: Annotated[str, Field(max_length=MAX_PATH_CHARS)] | None = None
 
 
@@ -41,7 +50,7 @@ class InfillBody(LlamaCppBody):
     """Everything after the cursor."""
     prompt: str | None = None
     """The cursor's line up to the cursor."""
-    input_extra: Annotated[list[ExtraChunk], Field(max_length=MAX_EXTRA_CHUNKS)] | None = None
+    input_extra: Annotated[list[ExtraChunk], Field(max_length=MAX_EXTRA_FILES)] | None = None
     """Pieces of other files, the oldest first."""
 
 
@@ -53,8 +62,17 @@ def infill_spec(served: ServedModel, body: InfillBody) -> CompletionSpec:
     """
     given = body.albor or AlborOptions()
     changes: dict[str, object] = {}
-    if body.is_warm_up and "priority" not in given.model_fields_set:
+    if body.is_warm_up:
         changes["priority"] = "background"
+    elif body.t_max_prompt_ms:
+        changes["first_token_budget_ms"] = body.t_max_prompt_ms
+    if body.input_extra:
+        changes["extra_context"] = [
+            ExtraContext(path=chunk.filename or UNNAMED, text=chunk.text)
+            for chunk in body.input_extra
+            if chunk.text
+        ]
+    changes = {name: v for name, v in changes.items() if name not in given.model_fields_set}
     return CompletionSpec(
         prompts=(body.input_prefix + (body.prompt or ""),),
         max_new_tokens=body.max_new_tokens(served),

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, RootModel, WithJsonSchema
 from albor_serve.api.completion import Answer, Completion, ServedModel, Update
 from albor_serve.api.dialect import encode_json
 from albor_serve.api.errors import error_body
+from albor_serve.api.extension import answer_extension, choice_extension
 from albor_serve.api.schemas import (
     MAX_CHOICES,
     MAX_LOGIT_BIAS,
@@ -217,6 +218,8 @@ class LlamaCppAnswer(BaseModel):
     timings: LlamaCppTimings | None = None
     completion_probabilities: list[dict[str, Any]] | None = None
     """Filled with `n_probs`."""
+    albor: dict[str, Any] | None = None
+    """albor's own fields, where the request has an `albor` object."""
 
 
 class LlamaCppResult(RootModel[LlamaCppAnswer | list[LlamaCppAnswer]]):
@@ -317,7 +320,7 @@ class LlamaCppWriter:
         timings = answer.timings or Timings()
         stop_type: Literal["none", "eos", "limit", "word"] = "limit"
         if answer.reason == "stop":
-            stop_type = "word" if answer.stopped_by is not None else "eos"
+            stop_type = "eos" if answer.stopped_by is None else "word"
         request = answer.job.request
         result = {
             "index": index,
@@ -345,10 +348,12 @@ class LlamaCppWriter:
             "has_new_line": "\n" in answer.text,
             "truncated": answer.job.is_truncated,
             "stop_type": stop_type,
-            "stopping_word": answer.stopped_by or "",
+            "stopping_word": answer.stop_string or "",
             "tokens_cached": timings.num_prompt_tokens + max(0, timings.num_new_tokens - 1),
             "timings": timings_body(timings),
         }
+        if self._body.albor is not None:
+            result["albor"] = {**answer_extension([answer]), **choice_extension(answer)}
         if self._body.n_probs and tokens:
             result["completion_probabilities"] = self._probabilities(tokens)
         return result

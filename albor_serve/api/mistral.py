@@ -16,6 +16,7 @@ from albor_serve.api.completion import Completion, CompletionSpec, ServedModel, 
 from albor_serve.api.dialect import Host, encode_json
 from albor_serve.api.document import Usage, route
 from albor_serve.api.errors import error_body
+from albor_serve.api.extension import answer_extension, choice_extension
 from albor_serve.api.openai import finish_reason, usage_of
 from albor_serve.api.schemas import MAX_TOKENS, AlborOptions, Body, Stop, check_stops, parse_body
 from albor_serve.config import SamplingParams
@@ -69,6 +70,8 @@ class FimAnswer(BaseModel):
     model: str
     choices: list[FimChoice]
     usage: Usage
+    albor: dict[str, Any] | None = None
+    """albor's own fields, where the request has an `albor` object."""
 
 
 def fim_spec(served: ServedModel, body: FimBody) -> CompletionSpec:
@@ -97,7 +100,9 @@ def fim_spec(served: ServedModel, body: FimBody) -> CompletionSpec:
 class MistralWriter:
     """Answers in Mistral's shape, whole or streamed."""
 
-    def __init__(self, served: ServedModel, completion: Completion) -> None:
+    def __init__(self, served: ServedModel, completion: Completion, *, is_extended: bool) -> None:
+        """`is_extended` adds albor's own fields."""
+        self._is_extended = is_extended
         self._served = served
         self._completion = completion
         self._id = f"cmpl-{secrets.token_hex(12)}"
@@ -113,8 +118,11 @@ class MistralWriter:
             }
             for index, answer in enumerate(self._completion.answers)
         ]
-        usage = usage_of(self._completion.answers)
-        return {**self._head("chat.completion"), "choices": choices, "usage": usage}
+        answers = self._completion.answers
+        body = {**self._head("chat.completion"), "choices": choices, "usage": usage_of(answers)}
+        if self._is_extended:
+            body["albor"] = {**answer_extension(answers), **choice_extension(answers[0])}
+        return body
 
     def first(self) -> Iterator[bytes]:
         """The role, which some clients want before any text."""
@@ -143,7 +151,10 @@ class MistralWriter:
             "choices": [{"index": index, "delta": delta, "finish_reason": reason}],
         }
         if reason is not None:
-            chunk["usage"] = usage_of(self._completion.answers)
+            answers = self._completion.answers
+            chunk["usage"] = usage_of(answers)
+            if self._is_extended:
+                chunk["albor"] = {**answer_extension(answers), **choice_extension(answers[index])}
         return b"data: " + encode_json(chunk) + b"\n\n"
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -167,7 +178,9 @@ def mistral_router(host: Host) -> APIRouter:
             request,
             served,
             fim_spec(served, body),
-            lambda completion: MistralWriter(served, completion),
+            lambda completion: MistralWriter(
+                served, completion, is_extended=body.albor is not None
+            ),
             stream=bool(body.stream),
             num_bytes=num_bytes,
         )

@@ -20,6 +20,7 @@ from albor_serve.api.completion import (
 )
 from albor_serve.api.document import Usage
 from albor_serve.api.errors import error_body
+from albor_serve.api.extension import answer_extension, choice_extension
 from albor_serve.api.schemas import AlborOptions, CompletionBody
 from albor_serve.config import SamplingParams
 from albor_serve.errors import AlborError
@@ -58,6 +59,8 @@ class Choice(BaseModel):
     text: str
     logprobs: Logprobs | None
     finish_reason: Literal["stop", "length"]
+    albor: dict[str, Any] | None = None
+    """`confidence` and `stopped_by`, where the request has an `albor` object."""
 
 
 class CompletionAnswer(BaseModel):
@@ -69,6 +72,8 @@ class CompletionAnswer(BaseModel):
     model: str
     choices: list[Choice]
     usage: Usage
+    albor: dict[str, Any] | None = None
+    """`timings` and `fim`, where the request has an `albor` object."""
 
 
 class ModelMeta(BaseModel):
@@ -106,8 +111,8 @@ def completion_spec(body: CompletionBody) -> CompletionSpec:
         RequestError: prompt, stop or logit_bias is malformed.
     """
     num_logprobs = body.logprobs
-    if num_logprobs is None and body.num_candidates > body.num_choices:
-        num_logprobs = 0  # best_of ranks by them
+    if num_logprobs is None and (body.num_candidates > body.num_choices or body.albor is not None):
+        num_logprobs = 0  # best_of ranks by them, and albor's answers tell their confidence
     sampling = SamplingParams(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_k=max(body.top_k or 0, 0),
@@ -147,6 +152,7 @@ class CompletionWriter:
         self._before = json.dumps({**self._head, "choices": []}).removesuffix("]}")
         self._after = f"]{usage}}}\n\n"
         self._offsets: dict[int, TokenOffsets] = {}
+        self._num_ended = 0
 
     def whole(self) -> dict[str, Any]:
         """The whole answer, once every job has ended."""
@@ -165,9 +171,15 @@ class CompletionWriter:
                         "text": text,
                         "logprobs": _whole_logprobs(self._served, answer, text),
                         "finish_reason": finish_reason(answer.reason),
+                        **({"albor": choice_extension(answer)} if self._is_extended else {}),
                     }
                 )
-        return {**self._head, "choices": choices, "usage": usage_of(answers)}
+        return {
+            **self._head,
+            "choices": choices,
+            "usage": usage_of(answers),
+            **({"albor": answer_extension(answers)} if self._is_extended else {}),
+        }
 
     def first(self) -> Iterator[bytes]:
         """What can be sent before the first token: the echoed prompts."""
@@ -191,7 +203,7 @@ class CompletionWriter:
         elif (text or (logprobs and logprobs["tokens"])) and not job.request.prompt_logprobs:
             yield self._chunk(update.index, text, logprobs, None)
         if update.reason is not None:
-            yield self._chunk(update.index, "", None, finish_reason(update.reason))
+            yield self._end(update.index, answer)
 
     def last(self) -> Iterator[bytes]:
         """The usage, if asked for, and the end mark."""
@@ -210,6 +222,26 @@ class CompletionWriter:
     ) -> bytes:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
         return f"data: {self._before}{json.dumps(choice)}{self._after}".encode()
+
+    def _end(self, index: int, answer: Answer) -> bytes:
+        """The chunk with the finish reason; the last of all choices' carries the timings."""
+        reason = finish_reason(answer.reason)
+        if not self._is_extended:
+            return self._chunk(index, "", None, reason)
+        choice = {"index": index, "text": "", "logprobs": None, "finish_reason": reason}
+        chunk = {**self._head, "choices": [{**choice, "albor": choice_extension(answer)}]}
+        if self._wants_usage:
+            chunk["usage"] = None
+        answers = self._completion.answers
+        self._num_ended += 1
+        if self._num_ended == len(answers):
+            chunk["albor"] = answer_extension(answers)
+        return b"data: " + json.dumps(chunk).encode() + b"\n\n"
+
+    @property
+    def _is_extended(self) -> bool:
+        """Whether the caller knows albor's own fields."""
+        return self._body.albor is not None
 
     @property
     def _wants_usage(self) -> bool:

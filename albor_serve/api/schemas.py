@@ -14,6 +14,7 @@ __all__ = [
     "AlborOptions",
     "Body",
     "CompletionBody",
+    "ExtraContext",
     "Prompt",
     "Stop",
     "check_stops",
@@ -28,6 +29,12 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGIT_BIAS = 300
 MAX_TOKENS = 1 << 20
+MAX_PATH_CHARS = 1024
+MAX_EXTRA_FILES = 64
+MAX_EXTRA_CHARS = 1 << 18
+MAX_DRAFTS = 8
+MAX_DRAFT_CHARS = 8192
+MAX_TYPED_CHARS = 1024
 
 Prompt = str | tuple[int, ...]
 """One prompt: text, or token ids."""
@@ -73,15 +80,42 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
+class ExtraContext(Body):
+    """A piece of another file."""
+
+    path: Annotated[str, Field(min_length=1, max_length=MAX_PATH_CHARS)]
+    text: Annotated[str, Field(max_length=MAX_EXTRA_CHARS)]
+
+
 class AlborOptions(Body):
     """albor's own extensions."""
 
     session: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """A newer request of the same session cancels the older ones; its KV cache is kept."""
+    supersede: bool = True
+    """False leaves the session's older requests alone."""
     deadline_ms: Annotated[float, Field(gt=0, le=3_600_000)] | None = None
     """Time after which the answer ends with what there is."""
     priority: Literal["interactive", "background"] = "interactive"
     """Background requests give way to interactive ones."""
+    stop_scope: Literal["line", "block", "scope", "none"] = "none"
+    """Where the answer ends at the latest: at its line, its block, its enclosing scope."""
+    path: Annotated[str, Field(min_length=1, max_length=MAX_PATH_CHARS)] | None = None
+    """Path of the file being edited; tells the language, and the model where it is."""
+    extra_context: Annotated[list[ExtraContext], Field(max_length=MAX_EXTRA_FILES)] = Field(
+        default_factory=list
+    )
+    """Pieces of other files, most stable first. Needs suffix."""
+    min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The answer ends before its first token that is less likely than this."""
+    first_token_budget_ms: Annotated[float, Field(gt=0, le=3_600_000)] | None = None
+    """The prompt is cut so that computing it takes about this long at most; needs suffix."""
+    drafts: Annotated[
+        list[Annotated[str, Field(max_length=MAX_DRAFT_CHARS)]], Field(max_length=MAX_DRAFTS)
+    ] = Field(default_factory=list)
+    """Texts that are likely to be the answer, such as the previous suggestion."""
+    typed_ahead: Annotated[str, Field(max_length=MAX_TYPED_CHARS)] = ""
+    """The answer begins with this text, which is not returned. Needs one prompt of text."""
 
 
 class CompletionBody(Body):
@@ -193,7 +227,7 @@ def parse_body(schema: type[BodyT], value: Any) -> BodyT:
         first = error.errors(include_input=False, include_url=False, include_context=False)[0]
         known = _field_names(schema)
         field = ".".join(str(part) for part in first["loc"] if part in known)
-        raise RequestError(f"{field}: {first['msg']}", param=field) from None
+        raise RequestError(f"{field}: {first['msg']}", param=field or None) from None
 
 
 def parse_completion(value: Any) -> CompletionBody:
@@ -231,14 +265,14 @@ def check_stops(stop: Any) -> tuple[str, ...]:
 
 def _field_names(schema: type[BaseModel]) -> frozenset[object]:
     """Names of a schema's fields and of those inside them: what an error may speak of."""
-    names: set[object] = set()
-    for name, field in schema.model_fields.items():
-        names |= {name, field.alias}
-        for part in (field.annotation, *get_args(field.annotation)):
-            for inner in (part, *get_args(part)):
-                if isinstance(inner, type) and issubclass(inner, BaseModel):
-                    names |= _field_names(inner)
-    return frozenset(names - {None})
+    names: set[object] = set(schema.model_fields)
+    annotations: list[Any] = [field.annotation for field in schema.model_fields.values()]
+    while annotations:
+        annotation = annotations.pop()
+        annotations += get_args(annotation)
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            names |= _field_names(annotation)
+    return frozenset(names)
 
 
 def _is_id(item: object) -> bool:

@@ -8,26 +8,31 @@ import errno
 import os
 import signal
 import socket
+import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from albor_serve.api.limits import MAX_HEADER_BYTES
 from albor_serve.errors import ConfigError
 
 if TYPE_CHECKING:
     import uvicorn
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-__all__ = ["MAX_HEADER_BYTES", "Ready", "bind", "serve"]
+__all__ = ["Ready", "TlsFiles", "bind", "bind_unix", "serve"]
 
 DRAIN_S = 10.0
 """How long running requests may go on after SIGINT or SIGTERM; a second signal ends them."""
 LAST_WORDS_S = 2.0
 """How long a client may take to read the end of its answer once the engine has stopped."""
+STALLED_S = 1.0
+"""Once the server stops, a client that reads nothing of its answer for so long is cut off."""
 STOP_LOADING_S = 5.0
-MAX_HEADER_BYTES = 32 * 1024
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -64,6 +69,68 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
+def bind_unix(path: Path) -> socket.socket:
+    """A listening unix socket that only this user may connect to.
+
+    A socket file that nobody listens on any more is replaced.
+
+    Raises:
+        ConfigError: the path is taken, too long or not allowed.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.is_socket() and _is_abandoned(path):
+            path.unlink()
+        old_mask = os.umask(0o177)
+        try:
+            sock.bind(str(path))
+        finally:
+            os.umask(old_mask)
+        sock.listen()
+    except (OSError, ValueError) as error:
+        sock.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            f"cannot listen on the socket {path} ({reason}): give a path of your own with --uds"
+        ) from error
+    return sock
+
+
+def _is_abandoned(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return True
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files for https."""
+
+    certificate: Path
+    key: Path | None = None
+    """None where the certificate's file holds it."""
+
+    def check(self) -> None:
+        """Raises ConfigError where they can't be used."""
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self.certificate, self.key, password=_no_password)
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            raise ConfigError(
+                f"cannot use the certificate {self.certificate} "
+                f"({getattr(error, 'strerror', None) or error}): check --tls-cert and --tls-key, "
+                f"which must be PEM files without a password"
+            ) from None
+
+
+def _no_password() -> str:
+    # Without this OpenSSL would ask on the terminal.
+    raise ValueError("the key has a password")
+
+
 @dataclass(frozen=True, slots=True)
 class Ready:
     """What `serve` needs once the model is loaded."""
@@ -81,6 +148,7 @@ def serve(
     start: Callable[[threading.Event], Ready],
     *,
     log_level: str = "warning",
+    tls: TlsFiles | None = None,
 ) -> None:
     """Answer on a listening socket until SIGINT or SIGTERM; then let running requests finish.
 
@@ -96,7 +164,7 @@ def serve(
         thread = threading.Thread(target=run.load, name="albor-load", daemon=True)
         thread.start()
         try:
-            run.answer(sock, log_level)
+            run.answer(sock, log_level, tls)
         finally:
             run.stop.set()
             thread.join(STOP_LOADING_S)
@@ -133,11 +201,12 @@ class _Run:
         self._num_signals += 1
         self.stop.set()
 
-    def answer(self, sock: socket.socket, log_level: str) -> None:
+    def answer(self, sock: socket.socket, log_level: str, tls: TlsFiles | None) -> None:
         """Run the event loop until `stop` is set and everything has drained."""
         import uvicorn
 
         import albor_serve.api.app  # noqa: F401 - the loading thread needs it next
+        from albor_serve.api.protocol import GuardedH11
 
         run = self
 
@@ -156,13 +225,16 @@ class _Run:
         config = uvicorn.Config(
             self._gate,
             log_level=log_level,
-            access_log=log_level in ("debug", "info"),
+            access_log=False,  # the application logs requests, with their ids
+            log_config=None,
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             timeout_graceful_shutdown=int(DRAIN_S + LAST_WORDS_S),
             lifespan="off",
-            http="h11",
+            http=GuardedH11,
             ws="none",
             interface="asgi3",
+            ssl_certfile=None if tls is None else tls.certificate,
+            ssl_keyfile=None if tls is None else tls.key,
         )
         Server(config).run(sockets=[sock])
 
@@ -170,15 +242,23 @@ class _Run:
         """Close the engine, at once after a second signal, so that every answer gets its end."""
         if self.ready is None:
             return
+        stalled_since: dict[Any, float] = {}
         closing = asyncio.ensure_future(asyncio.to_thread(self.ready.close, DRAIN_S))
         while not closing.done():
             await asyncio.wait([closing], timeout=0.05)
+            _cut_stalled(server, stalled_since)
             if self._num_signals > 1:
                 await asyncio.to_thread(self.ready.close, 0.0)
                 await asyncio.sleep(0.2)
                 server.force_exit = True
                 break
         await closing
+        last_words = time.monotonic() + LAST_WORDS_S
+        while server.server_state.connections and time.monotonic() < last_words:
+            await asyncio.sleep(0.05)
+            _cut_stalled(server, stalled_since)
+        for connection in list(server.server_state.connections):
+            connection.transport.abort()
 
     async def _gate(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The application, or 503 while there is none."""
@@ -192,6 +272,17 @@ class _Run:
         # Only the end of the server cancels; by then the client has had its time.
         with contextlib.suppress(asyncio.CancelledError):
             await ready.app(scope, receive, send)
+
+
+def _cut_stalled(server: uvicorn.Server, since: dict[Any, float]) -> None:
+    """Cut off clients whose socket has been full for STALLED_S; `since` remembers them."""
+    now = time.monotonic()
+    for connection in list(server.server_state.connections):
+        transport = connection.transport
+        if transport is None or not transport.get_write_buffer_size():
+            since.pop(connection, None)
+        elif now - since.setdefault(connection, now) > STALLED_S:
+            transport.abort()
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ class BackendInfo:
     """What a loaded backend is; fixed for its life."""
 
     name: str
-    """"llamacpp", "torch_ref" or "cuda"."""
+    """"cpu", "llamacpp", "torch_ref" or "cuda"."""
     device: str
     """For people, such as "cpu (2 threads)"."""
     vocab_size: int

@@ -27,7 +27,7 @@ from albor_serve.errors import (
     UnsupportedModelError,
 )
 
-__all__ = ["LlamaCppBackend", "LlamaCppModelInfo"]
+__all__ = ["LlamaCppBackend", "LlamaCppModelInfo", "LlamaCppVocabulary"]
 
 MAX_BATCH_LEN = 512
 MICRO_BATCH_LEN = 64
@@ -395,6 +395,37 @@ class LlamaCppBackend:
         return np.empty((0, self._vocab_size), dtype=np.float32)
 
 
+class LlamaCppVocabulary:
+    """The vocabulary of a GGUF file without its weights, for backends that have none."""
+
+    def __init__(self, path: Path) -> None:
+        """Read it.
+
+        Raises:
+            CheckpointError: no such file, or llama.cpp cannot read it. UnsupportedModelError: it
+            has no vocabulary.
+        """
+        self._lib = native.load_library()
+        self._model = _load_model(self._lib, path, None, use_mmap=True, vocab_only=True)
+        vocab = self._lib.llama_model_get_vocab(self._model)
+        if self._lib.llama_vocab_type(vocab) == self._lib.LLAMA_VOCAB_TYPE_NONE:
+            self._lib.llama_model_free(self._model)
+            raise UnsupportedModelError(f"{path} has no vocabulary: give a model for text")
+        self._tokenizer = LlamaCppTokenizer(vocab)
+
+    @property
+    def tokenizer(self) -> LlamaCppTokenizer:
+        """The file's own tokenizer; it lives until `close`."""
+        return self._tokenizer
+
+    def close(self) -> None:
+        """Free the vocabulary; closing twice is harmless."""
+        self._tokenizer.close()
+        model, self._model = self._model, None
+        if model:
+            self._lib.llama_model_free(model)
+
+
 def _check_sizes(
     num_slots: int,
     max_seq_len: int,
@@ -420,7 +451,11 @@ def _check_sizes(
 
 
 def _load_model(
-    lib: Any, path: Path, progress: Callable[[float], None] | None, use_mmap: bool
+    lib: Any,
+    path: Path,
+    progress: Callable[[float], None] | None,
+    use_mmap: bool,
+    vocab_only: bool = False,
 ) -> Any:
     try:
         with path.open("rb") as file:
@@ -446,6 +481,7 @@ def _load_model(
 
     params = lib.llama_model_default_params()
     params.n_gpu_layers = 0
+    params.vocab_only = vocab_only
     params.load_mode = lib.LLAMA_LOAD_MODE_MMAP if use_mmap else lib.LLAMA_LOAD_MODE_NONE
     params.progress_callback = lib.llama_progress_callback(report)
     native.last_log_errors()

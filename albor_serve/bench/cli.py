@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from albor_serve.bench.replay.command import add_replay
 from albor_serve.errors import AlborError, ConfigError
 
 __all__ = ["main"]
@@ -20,6 +21,7 @@ examples:
   albor-bench decode --http --json out.json --plot out.png
   albor-bench perplexity a.gguf b.gguf --text src/*.py
   albor-bench infill --data HumanEval-SingleLineInfilling.jsonl.gz --every 10
+  albor-bench replay --scenes 12 --plot replay.png    what a person feels while typing
 
 Peers: llama-server (as its users start it), llama-server-noflash (without flash attention, which
 slows decoding on CPUs; albor does without it, too), llama-cpp-python (as its users call it),
@@ -41,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_decode(commands)
     _add_perplexity(commands)
     _add_infill(commands)
+    add_replay(commands)
     options = parser.parse_args(argv)
     options.command = shlex.join(["albor-bench", *(sys.argv[1:] if argv is None else argv)])
     try:
@@ -230,6 +233,10 @@ def _add_infill(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--data", type=Path, required=True, metavar="FILE", help="in HumanEval-Infilling's format"
     )
     parser.add_argument("--every", type=int, default=1, help="take every n-th problem")
+    parser.add_argument("--path", metavar="NAME", help="put this file path before the code")
+    parser.add_argument(
+        "--extra", type=Path, metavar="FILE", help="put this other file before the code as well"
+    )
     parser.set_defaults(run=_infill)
 
 
@@ -239,11 +246,22 @@ def _infill(options: argparse.Namespace) -> int:
     from rich.table import Table
 
     from albor_serve.bench.infill import read_problems, score_infill
+    from albor_serve.fim import ExtraFile
     from albor_serve.loader import LoadOptions, load_model
 
     if options.every < 1:
         raise ConfigError("--every must be at least 1")
     problems = read_problems(options.data, options.every)
+    extra: tuple[ExtraFile, ...] = ()
+    if options.extra is not None:
+        try:
+            text = options.extra.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{options.extra} can't be read as text ({type(error).__name__}): give a file of "
+                f"code"
+            ) from error
+        extra = (ExtraFile(options.extra.name, text),)
     loaded = load_model(options.model, LoadOptions(num_slots=1))
     try:
         if loaded.template is None:
@@ -255,7 +273,9 @@ def _infill(options: argparse.Namespace) -> int:
             def show(done: int, total: int) -> None:
                 bar.update(task, completed=done, total=total)
 
-            scores = score_infill(loaded.engine, loaded.template, problems, show)
+            scores = score_infill(
+                loaded.engine, loaded.template, problems, show, path=options.path, extra=extra
+            )
     finally:
         loaded.engine.close()
     table = Table(

@@ -16,7 +16,7 @@ from pathlib import Path
 from albor_serve.config import SamplingParams
 from albor_serve.engine import Engine, Ticket
 from albor_serve.errors import ConfigError
-from albor_serve.fim import FimTemplate, build_fim_prompt
+from albor_serve.fim import ExtraFile, FimTemplate, build_fim_prompt
 from albor_serve.sequence import Delta, Event, Failed, Finished, GenerateRequest
 
 __all__ = ["CURSORS", "InfillScore", "Problem", "read_problems", "score_infill"]
@@ -100,8 +100,14 @@ def score_infill(
     template: FimTemplate,
     problems: Sequence[Problem],
     progress: Callable[[int, int], None],
+    *,
+    path: str | None = None,
+    extra: Sequence[ExtraFile] = (),
 ) -> list[InfillScore]:
-    """Greedy completion of each problem at each cursor, with and without healing."""
+    """Greedy completion of each problem at each cursor, with and without healing.
+
+    `path` and `extra` show what the file's path and other files before it do to the answers.
+    """
     scores: list[InfillScore] = []
     total = len(CURSORS) * 2 * len(problems)
     for name, place in CURSORS.items():
@@ -109,7 +115,9 @@ def score_infill(
             num_right = 0
             for at, problem in enumerate(problems):
                 before, wanted = place(problem)
-                text = _complete(engine, template, before, problem.suffix, heal)
+                text = _complete(
+                    engine, template, before, problem.suffix, heal=heal, path=path, extra=extra
+                )
                 num_right += _first_line(text) == wanted.rstrip()
                 done = len(scores) * len(problems) + at + 1
                 progress(done, total)
@@ -122,10 +130,26 @@ def _first_line(text: str) -> str:
     return next((line.rstrip() for line in text.split("\n") if line.strip()), "")
 
 
-def _complete(engine: Engine, template: FimTemplate, before: str, after: str, heal: bool) -> str:
+def _complete(
+    engine: Engine,
+    template: FimTemplate,
+    before: str,
+    after: str,
+    *,
+    heal: bool,
+    path: str | None,
+    extra: Sequence[ExtraFile],
+) -> str:
     limit = engine.max_seq_len - MAX_NEW_TOKENS
     prompt = build_fim_prompt(
-        template, engine.tokenizer, before, after, max_prompt_len=limit, heal=heal
+        template,
+        engine.tokenizer,
+        before,
+        after,
+        max_prompt_len=limit,
+        heal=heal,
+        path=path,
+        extra=extra,
     )
     parts: list[str] = []
     ends: list[Event] = []

@@ -29,6 +29,7 @@ __all__ = [
     "HTTP_SUFFIX",
     "NO_FLASH",
     "PEERS",
+    "PRESET",
     "AlborServer",
     "LlamaServer",
     "Peer",
@@ -37,6 +38,7 @@ __all__ = [
     "Worker",
     "available_peers",
     "open_peer",
+    "process_cpu_seconds",
     "stream_completion",
 ]
 
@@ -44,6 +46,9 @@ NO_FLASH: Final = "llama-server-noflash"
 PEERS: Final = ("llama-server", NO_FLASH, "llama-cpp-python", "llama-cpp-python-loop")
 """What albor is compared with. llama-server runs as its users start it, with flash attention,
 and once more without, as albor and llama-cpp-python run."""
+PRESET: Final = "llama-server-preset"
+"""llama-server with the settings that its completion presets give: batches of 1,024, reuse of
+shifted cache from 256 tokens on; and with its counters on."""
 HTTP_SUFFIX: Final = "+http"
 """Ends the names of engines that are asked over HTTP and timed by the client."""
 START_S: Final = 120.0
@@ -78,6 +83,17 @@ def available_peers() -> tuple[str, ...]:
     """The peers whose packages are installed."""
     has_server = importlib.util.find_spec("xllamacpp") is not None
     return tuple(peer for peer in PEERS if has_server or not peer.startswith("llama-server"))
+
+
+def process_cpu_seconds(pid: int) -> float:
+    """CPU time that a process has used; 0.0 where the system does not tell."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0.0
+    # The command's name, in brackets, may hold spaces.
+    fields = text.rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class Peer(abc.ABC):
@@ -118,13 +134,7 @@ class Peer(abc.ABC):
 
     def cpu_seconds(self) -> float:
         """CPU time that the process has used; 0.0 where the system does not tell."""
-        try:
-            text = Path(f"/proc/{self.pid}/stat").read_text()
-        except OSError:
-            return 0.0
-        # The command's name, in brackets, may hold spaces.
-        fields = text.rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return process_cpu_seconds(self.pid)
 
     def __enter__(self) -> Peer:
         return self
@@ -276,12 +286,18 @@ class _Http(Peer):
 
 
 class AlborServer(_Http):
-    """albor-serve in a process of its own."""
+    """albor-serve in a process of its own, with further arguments of its command."""
 
-    def __init__(self, kind: str, path: Path, options: PeerOptions) -> None:
+    def __init__(
+        self,
+        kind: str,
+        path: Path,
+        options: PeerOptions,
+        extra: Sequence[str] = ("--slots", "1", "--no-speculation"),
+    ) -> None:
         super().__init__(kind)
         started = time.perf_counter()
-        arguments = ["--port", "0", "--slots", "1", "--no-speculation"]
+        arguments = ["--port", "0", *extra]
         arguments += ["--ctx", str(options.context), "--threads", str(options.threads)]
         main = "import sys; from albor_serve.cli import main; sys.exit(main())"
         command = [sys.executable, "-c", main, str(path), *arguments]
@@ -342,6 +358,9 @@ class LlamaServer(_Http):
                 command = _server_command(options.llama_server, path, options, self.address)
                 if kind.startswith(NO_FLASH):
                     command += ["--flash-attn", "off"]
+                if kind == PRESET:
+                    command += ["--batch-size", "1024", "--ubatch-size", "1024"]
+                    command += ["--cache-reuse", "256", "--metrics"]
                 self._process = _Process(command)
                 self._wait_until_ready(self._process)
         except BaseException:

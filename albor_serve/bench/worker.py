@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from albor_serve.bench.peers import NO_FLASH, Run, llama_completion
+from albor_serve.bench.peers import NO_FLASH, PRESET, Run, llama_completion
 from albor_serve.config import EngineConfig, SamplingParams
 from albor_serve.errors import ConfigError
 from albor_serve.sequence import Delta, Event, Failed, Finished, GenerateRequest
@@ -37,12 +37,12 @@ class _Albor:
 
     def __init__(self, path: Path, context: int, threads: int, speculate: bool) -> None:
         from albor_serve.backends.calibrate import calibrate
-        from albor_serve.backends.llamacpp import LlamaCppBackend
         from albor_serve.engine import Engine
+        from albor_serve.loader import open_backend
 
         config = EngineConfig(num_slots=1, max_seq_len=context, speculate=speculate)
-        self._backend = LlamaCppBackend.load(path, 1, context, num_threads=threads)
-        self._engine = Engine(self._backend, self._backend.tokenizer, config, calibrate)
+        opened = open_backend(path, 1, context, num_threads=threads)
+        self._engine = Engine(opened.backend, opened.tokenizer, config, calibrate)
         self._engine.start()
 
     def generate(self, tokens: list[int], num_new: int, *, fresh: bool) -> Run:
@@ -81,9 +81,10 @@ class _Backend:
     """albor's CPU backend alone, without the engine."""
 
     def __init__(self, path: Path, context: int, threads: int) -> None:
-        from albor_serve.backends.llamacpp import LlamaCppBackend
+        from albor_serve.loader import open_backend
 
-        self._backend = LlamaCppBackend.load(path, 1, context, num_threads=threads)
+        opened = open_backend(path, 1, context, num_threads=threads)
+        self._backend, self._tokenizer = opened.backend, opened.tokenizer
 
     def generate(self, tokens: list[int], num_new: int, *, fresh: bool) -> Run:
         from albor_serve.backends.base import ExtendStep
@@ -105,7 +106,7 @@ class _Backend:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text."""
-        return self._backend.tokenizer.encode(text)
+        return self._tokenizer.encode(text)
 
     def rows(self, counts: list[int], context_len: int) -> dict[int, float]:
         """Milliseconds of one step with so many rows: median of 5."""
@@ -182,7 +183,9 @@ class _LlamaCppPythonLoop(_LlamaCppPython):
 class _LlamaServer:
     """llama-server inside this process (PyPI xllamacpp), asked over loopback HTTP."""
 
-    def __init__(self, path: Path, context: int, threads: int, has_flash: bool) -> None:
+    def __init__(
+        self, path: Path, context: int, threads: int, has_flash: bool, has_preset: bool = False
+    ) -> None:
         try:
             import xllamacpp
         except ImportError as error:
@@ -198,6 +201,10 @@ class _LlamaServer:
         if not has_flash:
             flash = xllamacpp.llama_flash_attn_type
             params.flash_attn_type = flash.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if has_preset:
+            params.n_batch = params.n_ubatch = 1024
+            params.n_cache_reuse = 256
+            params.endpoint_metrics = True
         params.ui = False
         params.verbosity = -1
         self._server = xllamacpp.Server(params)
@@ -215,6 +222,7 @@ KINDS: dict[str, Callable[[Path, int, int], Measured]] = {
     "llama-cpp-python": _LlamaCppPython,
     "llama-cpp-python-loop": _LlamaCppPythonLoop,
     "llama-server": lambda path, context, threads: _LlamaServer(path, context, threads, True),
+    PRESET: lambda path, context, threads: _LlamaServer(path, context, threads, True, True),
     NO_FLASH: lambda path, context, threads: _LlamaServer(path, context, threads, False),
 }
 """What can be measured, by name."""

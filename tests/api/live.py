@@ -12,7 +12,9 @@ import uvicorn
 
 from albor_serve.api.app import AppSettings, create_app
 from albor_serve.api.completion import ServedModel
-from albor_serve.api.server import MAX_HEADER_BYTES, bind
+from albor_serve.api.limits import MAX_HEADER_BYTES
+from albor_serve.api.protocol import GuardedH11
+from albor_serve.api.server import bind
 from albor_serve.backends.base import Backend
 from albor_serve.config import EngineConfig
 from albor_serve.engine import Engine
@@ -47,6 +49,7 @@ def serving(served: ServedModel, settings: AppSettings | None = None) -> Iterato
         create_app(served, settings),
         log_level="error",
         lifespan="off",
+        http=GuardedH11,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
     )
     server = uvicorn.Server(config)

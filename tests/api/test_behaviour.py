@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -36,7 +37,7 @@ class Slow:
 def slow() -> Iterator[Slow]:
     backend = HashBackend(TOKENIZER.vocab_size, num_slots=2, max_seq_len=4096, ms_per_token=2.0)
     config = EngineConfig(num_slots=2, max_seq_len=4096, max_queue_len=1)
-    settings = AppSettings(keep_alive_s=0.2, health_timeout_s=0.3)
+    settings = AppSettings(keep_alive_s=0.2, health_timeout_s=0.3, body_s=0.5)
     with serving_backend(backend, TOKENIZER, config, settings) as live:
         slow = Slow(live, backend)
         yield slow
@@ -195,3 +196,38 @@ def test_a_bug_is_a_500_without_details(slow: Slow, monkeypatch: pytest.MonkeyPa
     assert response.status_code == 500
     assert "hunter2" not in response.text
     assert response.json()["error"]["code"] == "backend_error"
+
+
+def test_health_is_well_while_a_long_prompt_is_read(slow: Slow) -> None:
+    slow.backend.ms_per_token = 0.5
+    # Two prompts fill both slots, so that the probe waits far longer than health_timeout_s.
+    bodies = [{"prompt": letter * 3000, "max_tokens": 1} for letter in "xy"]
+    threads = [
+        threading.Thread(target=slow.http.post, args=(URL,), kwargs={"json": body})
+        for body in bodies
+    ]
+    for thread in threads:
+        thread.start()
+    until(lambda: slow.live.engine.stats().num_running == 2)
+    assert httpx.get(slow.live.url + "/health", timeout=20).status_code == 200
+    assert slow.live.engine.stats().num_running == 2
+    for thread in threads:
+        thread.join(20)
+
+
+def test_a_body_that_trickles_in_is_408_and_stalls_nobody(slow: Slow) -> None:
+    host, port = slow.live.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as sock:
+        head = f"POST {URL} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
+        sock.sendall(head.encode())
+        sock.settimeout(0.05)
+        answer = b""
+        began = time.monotonic()
+        while not answer and time.monotonic() - began < 5:
+            sock.sendall(b" ")
+            assert slow.http.get("/v1/models").status_code == 200
+            with contextlib.suppress(TimeoutError):
+                answer = sock.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"body_timeout" in answer
+    assert time.monotonic() - began < 2

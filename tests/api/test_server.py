@@ -42,7 +42,8 @@ def start(stop):
     from albor_serve.engine import Engine
     from tests.fakes import ByteTokenizer, HashBackend
     tokenizer = ByteTokenizer()
-    backend = HashBackend(tokenizer.vocab_size, 2, 4096, ms_per_token=20.0)
+    speed = 0.0 if lines[0] == "fast\\n" else 20.0
+    backend = HashBackend(tokenizer.vocab_size, 2, 4096, ms_per_token=speed)
     engine = Engine(backend, tokenizer, EngineConfig(num_slots=2, max_seq_len=4096))
     engine.start()
     app = create_app(ServedModel("fake", engine, None))
@@ -133,6 +134,32 @@ def test_a_second_signal_ends_answers_at_once_but_whole(process: Process, second
     assert error["code"] == "shutting_down"
     assert process.end() == (0, "")
     assert time.monotonic() - began < 5  # the drain alone would take 10 s
+
+
+def test_a_client_that_never_reads_does_not_hold_up_the_end(process: Process) -> None:
+    process.tell("fast")
+    assert process.read() == "ready"
+    host, port = process.url.removeprefix("http://").split(":")
+    body = json.dumps(
+        {
+            "prompt": "a",
+            "max_tokens": 4000,
+            "n": 2,
+            "ignore_eos": True,
+            "stream": True,
+            "logprobs": 20,
+        }
+    )
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect((host, int(port)))
+        sock.sendall(f"{head}\r\n{body}".encode())
+        time.sleep(2)  # what fits into the buffers has been sent
+        began = time.monotonic()
+        process.process.send_signal(signal.SIGTERM)
+        assert process.end() == (0, "")
+        assert time.monotonic() - began < 4
 
 
 def test_two_servers_never_share_a_port() -> None:

@@ -1,0 +1,1 @@
+"""A replay of real typing: what a person feels of a completion stack, beside its peers."""

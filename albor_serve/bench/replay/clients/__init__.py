@@ -1,0 +1,1 @@
+"""What turns typing into ghost text: ours and its peers, behind one interface."""

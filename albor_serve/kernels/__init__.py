@@ -1,0 +1,1 @@
+"""Kernels: one file for each idea, with its reference, its kernel and its launcher."""

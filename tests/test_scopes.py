@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from albor_serve.scopes import ScopeGuard, StopScope, _Lexer, style_of
+
+
+def run(
+    scope: StopScope, before: str, answer: str, after: str = "", path: str | None = None
+) -> tuple[str, str | None]:
+    guard = ScopeGuard(scope, before, after, path)
+    text = "".join(guard.feed(char) for char in answer) + guard.flush()
+    return text, guard.stopped_by
+
+
+# (path, before the cursor, the model's answer, after the cursor, shown, stopped by)
+LINE = [
+    ("a.py", "x = ", "1\ny = 2", "", "1", "line"),
+    ("a.py", "x = ", "1", "", "1", None),
+    ("a.py", "def f():\n", "    return 1\n    x", "", "    return 1", "line"),
+    ("a.py", "def f():\n", "\n\n    return 1\nx", "", "\n\n    return 1", "line"),
+    ("a.py", "def f():", "\n    return 1\n\n", "", "\n    return 1", "line"),
+    ("a.py", "foo(", "\n    a,\n", "  # why\n", "", "line"),
+    ("a.ts", "let a = ", "1;\r\nlet b", "\r\n", "1;", "line"),
+    ("a.ts", "let a = ", "1;\rx", "", "1;\rx", None),
+    ("a.py", "x = ", '"""a\nb"""\n', "", '"""a', "line"),
+]
+BLOCK = [
+    ("a.py", "def f():\n    ", "a = 1\n    b\n\n    c\n", "", "a = 1\n    b", "block"),
+    ("a.py", "def f():\n    ", "a = 1\ndef g():", "", "a = 1", "block"),
+    ("a.py", "def f():\n", "    a = 1\n\ndef g():", "", "    a = 1", "block"),
+    ("a.py", "def f():", "\n    a\n\n    b\n\n\nx = 1", "", "\n    a\n\n    b", "block"),
+    ("a.py", "for i in", " x:\n    a\nb = 1", "", " x:\n    a", "block"),
+    ("a.py", "x = ", "[\n1,\n\n2,\n]\ny = 2\n\nz", "", "[\n1,\n\n2,\n]", "block"),
+    ("a.py", "x = foo(", "a,\n    b)\ny\n\nz", "", "a,\n    b)", "block"),
+    ("a.py", "x = foo(", "a)\ny\n\nz", "", "a)\ny", "block"),
+    ("a.py", "x = ", '"""(\n\n(\n"""\ny\n\nz', "", '"""(\n\n(\n"""\ny', "block"),
+    ("a.py", "    x = 1", "  # ( [ {\n    y\n\n    z", "", "  # ( [ {\n    y", "block"),
+    ("a.py", "", "\n\nx = 1\n\ny", "", "\n\nx = 1", "block"),
+    ("a.py", "\tx", " = 1\n\ty\nz", "", " = 1\n\ty", "block"),
+    ("a.js", "for (const a of b", ") {\n  c(a)\n}\nd()", "", ") {\n  c(a)\n}", "block"),
+    ("a.js", "if (a", ") {\n  b\n} else {\n  c\n}\nd", "", ") {\n  b\n} else {\n  c\n}", "block"),
+    ("a.js", "  a(", "'}', `{\n\n{`)\n  b()\n\n  c", "", "'}', `{\n\n{`)", "block"),
+    ("a.go", "\tx := ", "1\r\n\ty\r\n\r\n\tz", "", "1\r\n\ty", "block"),
+    ("a.yaml", "a:\n  b: ", "1\n  c: 2\nd: 3", "", "1\n  c: 2", "block"),
+    (
+        "a.html",
+        "<ul>\n  ",
+        "<li>a</li>\n  <li>don't</li>\n</ul>",
+        "",
+        "<li>a</li>\n  <li>don't</li>",
+        "block",
+    ),
+]
+SCOPE = [
+    ("a.py", "def f():\n    ", "a\n\n    b\n\nx", "", "a\n\n    b", "scope"),
+    ("a.py", "def f():", "\n    a\n\n    b\nx", "", "\n    a\n\n    b", "scope"),
+    ("a.py", "def f():  # note", "\n    a\nx", "", "\n    a", "scope"),
+    (
+        "a.py",
+        "    ",
+        "if a:\n        b\n    return\nx",
+        "",
+        "if a:\n        b\n    return",
+        "scope",
+    ),
+    ("a.py", "    ", '"""Doc.\n\nText\n"""\n    a\nb', "", '"""Doc.\n\nText\n"""\n    a', "scope"),
+    ("a.py", "x = {\n    ", '"a": 1,\n}\ny = 2', "", '"a": 1,\n}', "scope"),
+    ("a.py", "x = {\n    ", '"a": 1,\n}\ny = 2', "\n}\n", '"a": 1,', "suffix"),
+    ("a.ts", "function f() {\n  ", "a()\n\n  b()\n}\n\nx", "", "a()\n\n  b()\n}", "scope"),
+    ("a.ts", "function f() {\n  ", "a()\n}\n\nx", "\n}\n", "a()", "suffix"),
+    (
+        "a.ts",
+        "function f() {\n  if (a) {\n    ",
+        "b()\n  }\n  c()\n}",
+        "\n}\n",
+        "b()\n  }",
+        "scope",
+    ),
+    ("a.ts", "f(() => {\n  ", "a()\n});\nb()", "", "a()\n});", "scope"),
+    ("a.ts", "f(", "a)\ng()", ")\n", "a", "suffix"),
+    ("a.ts", "f(", "g(a))\nh()", ")\n", "g(a)", "suffix"),
+    ("a.ts", "f(", "g(a)", ")\n", "g(a)", None),
+    (
+        "a.rs",
+        "fn f<'a>(x: &'a str) {\n    ",
+        "g('}');\n    h()\n}\nx",
+        "",
+        "g('}');\n    h()\n}",
+        "scope",
+    ),
+    (
+        "a.c",
+        "int f(void) {\n    ",
+        "a();\n#ifdef B\n    b();\n#endif\n}\nint g",
+        "",
+        "a();\n#ifdef B\n    b();\n#endif\n}",
+        "scope",
+    ),
+    (
+        "a.c",
+        "int f(void) {\n    ",
+        "a(); /* } */ // }\n    b();\n}\nint g",
+        "",
+        "a(); /* } */ // }\n    b();\n}",
+        "scope",
+    ),
+    ("a.go", "func f() {\n\t", 'a("}")\n\tb()\n}\n\nfunc g', "", 'a("}")\n\tb()\n}', "scope"),
+    ("a.go", "func f() {\r\n\t", "a()\r\n}\r\nx", "\r\n}\r\n", "a()", "suffix"),
+    ("a.yaml", "a:\n  - ", "b: {c: 1}\n\n  - d\ne: 1", "", "b: {c: 1}\n\n  - d", "scope"),
+    ("a.py", "    ", "f'{x}'\n    (y)\nz", "", "f'{x}'\n    (y)", "scope"),
+    ("a.py", "    ", "''\n    a\nz", "", "''\n    a", "scope"),
+]
+SUFFIX = [
+    ("a.py", "x = ", "1\nprint(x)\ny", "\nprint(x)\n", "1", "suffix"),
+    ("a.py", "x = ", "1\nprint(xs)\n", "\nprint(x)\n", "1\nprint(xs)\n", None),
+    ("a.py", "x = ", "1\n    print(x)\n", "\nprint(x)\n", "1\n    print(x)\n", None),
+    ("a.py", "", "print(x)\n", "\nprint(x)\n", "", "suffix"),
+    ("a.py", "    ", "print(x)\n    y", "\n\n    print(x)\n", "", "suffix"),
+    ("a.py", "x = ", "1\nprint(x)", "\nprint(x)\n", "1", "suffix"),
+    ("a.py", 'print("', 'hello")\nx', '")\n', "hello", "suffix"),
+    ("a.py", "for ", "i in range(9):\n", " in range(9):\n", "i ", "suffix"),
+    ("a.ts", "const a = ", "b ? c : d;\n", ": d;\n", "b ? c ", "suffix"),
+    ("a.sh", "if a; then\n  ", "b\nfi\nc", "\nfi\n", "b", "scope"),
+]
+CASES = [
+    *(("line", *case) for case in LINE),
+    *(("block", *case) for case in BLOCK),
+    *(("scope", *case) for case in (*SCOPE, *SUFFIX)),
+]
+
+
+@pytest.mark.parametrize(
+    ("scope", "path", "before", "answer", "after", "shown", "stopped_by"), CASES
+)
+def test_cases(
+    scope: StopScope,
+    path: str,
+    before: str,
+    answer: str,
+    after: str,
+    shown: str,
+    stopped_by: str | None,
+) -> None:
+    assert run(scope, before, answer, after, path) == (shown, stopped_by)
+
+
+def test_none_never_stops() -> None:
+    answer = "a)\n}\n\n\nprint(x)\n"
+    assert run("none", "f(", answer, ")\nprint(x)\n") == (answer, None)
+
+
+def test_stops_at_the_first_character_that_tells() -> None:
+    guard = ScopeGuard("scope", "def f():\n    ", "", "a.py")
+    assert guard.feed("return 1\n\n") == "return 1"
+    assert guard.stopped_by is None
+    assert guard.feed("d") == ""
+    assert guard.stopped_by == "scope"
+    assert guard.feed("ef g()") + guard.flush() == ""
+
+
+@pytest.mark.parametrize(
+    ("code", "path"),
+    [
+        ("def f(x):\n    return x\n", "a.py"),
+        ("const f = (x) => {\n", "a.ts"),
+        ("fn f(x: &str) -> u8 {\n", "a.rs"),
+        ("#include <a.h>\nint f() {\n", "a.c"),
+        ("<div>\n  <p>a</p>\n", "a.html"),
+        ("name: x\non: push\n", "a.yaml"),
+    ],
+)
+def test_tells_the_style_without_a_path(code: str, path: str) -> None:
+    assert style_of(None, code) == style_of(path, "")
+
+
+CODE = st.text(alphabet="ab \n\r\t(){}[]:\"'`#/*\\", max_size=40)
+
+
+@given(
+    scope=st.sampled_from(get_args(StopScope)),
+    before=CODE,
+    answer=CODE,
+    after=CODE,
+    path=st.sampled_from([None, "a.py", "a.ts", "a.rs", "a.c", "a.html"]),
+    cuts=st.lists(st.integers(0, 40), max_size=6),
+)
+def test_chunking_never_changes_the_text(
+    scope: StopScope, before: str, answer: str, after: str, path: str | None, cuts: list[int]
+) -> None:
+    whole, stopped_by = run(scope, before, answer, after, path)
+    assert answer.startswith(whole)
+    assert stopped_by is not None or whole == answer
+    guard = ScopeGuard(scope, before, after, path)
+    edges = sorted({0, len(answer), *(min(cut, len(answer)) for cut in cuts)})
+    shown = "".join(guard.feed(answer[a:b]) for a, b in pairwise(edges)) + guard.flush()
+    assert (shown, guard.stopped_by) == (whole, stopped_by)
+
+
+@given(before=CODE, answer=CODE, after=CODE)
+def test_a_line_has_one_line_of_text(before: str, answer: str, after: str) -> None:
+    shown, _ = run("line", before, answer, after, "a.py")
+    assert sum(bool(line.strip()) for line in shown.split("\n")) <= 1 + bool(
+        before.rpartition("\n")[2].strip()
+    )
+
+
+@given(code=CODE, path=st.sampled_from(["a.py", "a.ts", "a.rs", "a.lua", "a.html"]))
+def test_reading_in_runs_equals_reading_characters(code: str, path: str) -> None:
+    one, many = _Lexer(style_of(path, "")), _Lexer(style_of(path, ""))
+    for char in code:
+        one.feed(char)
+    many.read(code)
+    assert vars(one) == vars(many)
