@@ -50,7 +50,7 @@ from albor_serve.sequence import (
     TokenInfo,
 )
 from albor_serve.speculate import Draft, DraftPolicy, RowCosts, lookup_text, propose
-from albor_serve.stopping import TextAssembler
+from albor_serve.stopping import IndentGuard, TextAssembler
 from albor_serve.tokenizer import Tokenizer
 
 __all__ = ["Engine", "EngineStats", "SlotView", "Ticket"]
@@ -127,6 +127,7 @@ class _Sequence:
     submitted_s: float
     sampler: Sampler
     text: TextAssembler
+    indent: IndentGuard
     guard: ScopeGuard
     drafts: TokenArray
     """The request's drafts end to end, each after the end of the prompt."""
@@ -141,6 +142,8 @@ class _Sequence:
     num_tokens: int = 0
     """Prompt and sampled tokens in slot.tokens; those beyond slot.cached_len are not computed."""
     is_decoding: bool = False
+    has_line_end: bool = False
+    """Whether the text so far has one."""
     forced: ForcedBytes | None = None
     is_unsure: bool = False
     """Whether the next token was too unlikely to be shown."""
@@ -161,6 +164,8 @@ class _Sequence:
             return "stop"
         if self.guard.stopped_by is not None:
             return self.guard.stopped_by
+        if self.indent.is_done:
+            return "indent"
         return "confidence" if self.is_unsure else None
 
     @property
@@ -373,6 +378,7 @@ class Engine:
             submitted_s=self._clock(),
             sampler=Sampler(request.sampling, vocab_size, request.prompt, banned),
             text=TextAssembler(request.stop),
+            indent=IndentGuard(request.min_indent),
             guard=ScopeGuard(request.stop_scope, code.before, code.after, code.path),
             drafts=lookup_text(request.prompt, request.drafts),
         )
@@ -679,6 +685,7 @@ class Engine:
                 reason = "stop"
                 break
             text += self._accept(sequence, sampled, infos)
+            sequence.has_line_end = sequence.has_line_end or "\n" in text
             reason = self._end_of(sequence, sampled.token_id)
             confirmed = at < len(draft) and sampled.token_id == draft[at]
             timings.num_accepted += confirmed
@@ -729,11 +736,12 @@ class Engine:
                 return ""
         sequence.timings.num_new_tokens += 1
         infos.append(TokenInfo(token_id, piece, sampled.logprob, sampled.top_logprobs))
-        return sequence.guard.feed(sequence.text.feed(piece))
+        return sequence.indent.feed(sequence.guard.feed(sequence.text.feed(piece)))
 
     def _flush(self, sequence: _Sequence) -> str:
         """Text that was held back, once nothing more comes."""
-        return sequence.guard.feed(sequence.text.flush()) + sequence.guard.flush()
+        text = sequence.guard.feed(sequence.text.flush()) + sequence.guard.flush()
+        return sequence.indent.feed(text) + sequence.indent.flush()
 
     def _is_end_token(self, sequence: _Sequence, token_id: int) -> bool:
         return (
@@ -744,6 +752,11 @@ class Engine:
         """Why the sequence ends after this token, or None."""
         if self._is_end_token(sequence, token_id) or sequence.stopped_by is not None:
             return "stop"
+        limit_ms = sequence.request.max_decode_ms
+        if limit_ms is not None and sequence.has_line_end:
+            decode_ms = (self._clock() - sequence.decode_started_s) * 1000
+            if decode_ms > limit_ms:
+                return "deadline"
         if sequence.timings.num_new_tokens >= sequence.request.max_new_tokens:
             return "length"
         return "length" if sequence.num_tokens >= self._max_seq_len else None

@@ -33,9 +33,10 @@ FinishReason = Literal["stop", "length", "deadline", "cancelled"]
 up. deadline: the request's time is up; the text so far is good. cancelled: by the caller or a
 newer request of the same session."""
 
-StoppedBy = Literal["stop", "line", "block", "scope", "suffix", "confidence"]
+StoppedBy = Literal["stop", "line", "block", "scope", "suffix", "indent", "confidence"]
 """stop: a stop string. line, block, scope: that scope is over. suffix: the answer began to repeat
-the code after the cursor. confidence: the next token was too unlikely."""
+the code after the cursor. indent: a line had less indentation than asked for. confidence: the next
+token was too unlikely."""
 
 Priority = Literal["interactive", "background"]
 
@@ -83,6 +84,12 @@ class GenerateRequest:
     """Requests of one group (the choices of one HTTP request) do not supersede each other."""
     deadline_ms: float | None = None
     """Time from submission after which the answer ends with what there is."""
+    min_indent: int = 0
+    """The answer ends before a line after its first whose indentation has fewer characters.
+    Blank lines don't count."""
+    max_decode_ms: float | None = None
+    """Time from the first sampled token after which the answer ends, once it has a line end:
+    whoever waits gets at least one whole line."""
     priority: Priority = "interactive"
     """background requests run only while no interactive one wants the backend."""
     prompt_logprobs: bool = False

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from albor_serve.errors import RequestError
 
-__all__ = ["TextAssembler"]
+__all__ = ["IndentGuard", "TextAssembler"]
 
 
 class TextAssembler:
@@ -77,3 +77,55 @@ class TextAssembler:
                     longest = size
                     break
         return longest
+
+
+class IndentGuard:
+    """Ends an answer before a line that is indented less than it must be.
+
+    A line's end is held back with the blank lines and the indentation after it until the line
+    that follows shows its first character, so that text that ends an answer is never shown.
+    """
+
+    def __init__(self, min_indent: int) -> None:
+        """`min_indent` counts spaces and tabs, one each; 0 lets every line pass."""
+        self._min_indent = min_indent
+        self._held = ""
+        self._is_done = False
+
+    @property
+    def is_done(self) -> bool:
+        """Whether a line with too little indentation has begun."""
+        return self._is_done
+
+    def feed(self, text: str) -> str:
+        """Add text; return what is certain to be shown. After the end: always ""."""
+        if self._is_done or self._min_indent == 0:
+            return "" if self._is_done else text
+        self._held += text
+        released = ""
+        while (line_end := self._held.find("\n")) >= 0:
+            rest = self._held[line_end:]
+            code = rest.lstrip(" \t\r\n")
+            if not code:
+                break
+            gap = rest[: len(rest) - len(code)]
+            if len(gap) - gap.rfind("\n") - 1 < self._min_indent:
+                released += self._held[:line_end].removesuffix("\r")
+                self._held = ""
+                self._is_done = True
+                return released
+            # Up to the next line end nothing can change any more.
+            stop = line_end + len(gap)
+            released, self._held = released + self._held[:stop], self._held[stop:]
+        keep = self._held.find("\n")
+        if keep < 0:
+            keep = len(self._held) - self._held.endswith("\r")
+        elif keep > 0 and self._held[keep - 1] == "\r":
+            keep -= 1
+        released, self._held = released + self._held[:keep], self._held[keep:]
+        return released
+
+    def flush(self) -> str:
+        """Text still held back, once it is known that nothing more comes."""
+        released, self._held = self._held, ""
+        return "" if self._is_done else released

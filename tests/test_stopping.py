@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from albor_serve.errors import RequestError
-from albor_serve.stopping import TextAssembler
+from albor_serve.stopping import IndentGuard, TextAssembler
 
 
 def feed_all(assembler: TextAssembler, chunks: list[bytes]) -> list[str]:
@@ -75,3 +75,52 @@ def test_chunking_never_changes_the_text(text: str, stops: list[str], cuts: list
 def test_any_bytes_give_text(data: bytes) -> None:
     shown = "".join(feed_all(TextAssembler(()), [data[i : i + 1] for i in range(len(data))]))
     assert data.decode("utf-8", errors="replace").startswith(shown)
+
+
+LINES = st.lists(
+    st.builds(
+        "".join,
+        st.tuples(st.sampled_from(["", " ", "  ", "\t", "   "]), st.sampled_from(["", "x", "y z"])),
+    ),
+    max_size=6,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\n  b\n  c", "a\n  b\n  c"),
+        ("a\n  b\nc", "a\n  b"),
+        ("a\n\n  b\n\nc", "a\n\n  b"),
+        ("a\r\n  b\r\nc", "a\r\n  b"),
+        ("a\n\t\tb\n\tc", "a\n\t\tb"),
+        ("a\n b", "a"),
+        ("a\n", "a\n"),
+        ("a\n   \n", "a\n   \n"),
+        ("b", "b"),
+        ("\nb", ""),
+    ],
+)
+def test_a_line_with_too_little_indentation_ends_the_answer(text: str, shown: str) -> None:
+    guard = IndentGuard(2)
+    assert guard.feed(text) + guard.flush() == shown
+    assert guard.is_done == (shown != text)
+    assert guard.feed("more") == ("" if guard.is_done else "more")
+
+
+@given(LINES, st.integers(0, 3), st.data())
+def test_an_indent_guard_streams_what_it_says_at_once(
+    lines: list[str], min_indent: int, data: st.DataObject
+) -> None:
+    text = data.draw(st.sampled_from(["\n", "\r\n"])).join(lines)
+    whole = IndentGuard(min_indent)
+    expected = whole.feed(text) + whole.flush()
+    parts = IndentGuard(min_indent)
+    shown = "".join(parts.feed(char) for char in text) + parts.flush()
+    assert shown == expected
+    assert text.startswith(shown)
+    kept = [line for line in shown.splitlines()[1:] if line.strip()]
+    if parts.is_done:
+        assert all(len(line) - len(line.lstrip()) >= min_indent for line in kept)
+    else:
+        assert shown == text

@@ -8,10 +8,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse, Response
@@ -20,11 +21,18 @@ from starlette.types import Receive, Scope, Send
 from albor_serve import __version__
 from albor_serve.api.auth import ApiKeys, KeyCheck, SiteCheck
 from albor_serve.api.completion import Completion, CompletionSpec, Job, ServedModel, plan_jobs
-from albor_serve.api.dialect import MakeWriter, Writer, json_response
+from albor_serve.api.dialect import LARGE_BODY_BYTES, MakeWriter, Writer, json_response
+from albor_serve.api.document import add_document, route
 from albor_serve.api.errors import BodyTimeoutError, PayloadTooLargeError, error_response
+from albor_serve.api.infill import infill_router
+from albor_serve.api.llamacpp_routes import llamacpp_router
 from albor_serve.api.metrics import METRICS_MEDIA_TYPE, metrics_text
+from albor_serve.api.mistral import mistral_router
 from albor_serve.api.openai import (
+    CompletionAnswer,
     CompletionWriter,
+    ModelEntry,
+    ModelList,
     completion_spec,
     model_body,
     models_body,
@@ -39,9 +47,6 @@ from albor_serve.sequence import GenerateRequest
 __all__ = ["AppSettings", "create_app"]
 
 logger = logging.getLogger(__name__)
-
-LARGE_BODY_BYTES = 8 * 1024
-"""Tokenizing more than this takes over 5 ms on a slow core, so it runs beside the event loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +79,13 @@ def create_app(served: ServedModel, settings: AppSettings | None = None) -> Fast
     return _App(served, settings or AppSettings()).make()
 
 
+class Health(BaseModel):
+    """The answer of /health."""
+
+    status: Literal["ok"]
+    model: str
+
+
 class _App:
     def __init__(self, served: ServedModel, settings: AppSettings) -> None:
         self._served = served
@@ -95,23 +107,54 @@ class _App:
         app.add_exception_handler(RequestValidationError, _on_validation_error)
         app.add_exception_handler(ClientDisconnect, _on_disconnect)
         app.add_exception_handler(Exception, _on_bug)
-        schema = {
-            "requestBody": {
-                "required": True,
-                "content": {"application/json": {"schema": CompletionBody.model_json_schema()}},
-            }
-        }
-        app.add_api_route(
-            "/v1/completions", self.completions, methods=["POST"], openapi_extra=schema
+        route(
+            app,
+            "POST",
+            "/v1/completions",
+            self.completions,
+            summary="OpenAI's text completion; with `suffix`, fill-in-the-middle at the cursor.",
+            body=CompletionBody,
+            answer=CompletionAnswer,
+            streams=True,
         )
-        app.add_api_route("/v1/models", self.models, methods=["GET"])
-        app.add_api_route("/v1/models/{name:path}", self.model, methods=["GET"])
-        app.add_api_route(
-            "/metrics", self.metrics, methods=["GET"], response_class=PlainTextResponse
+        for make_router in (infill_router, llamacpp_router, mistral_router):
+            app.include_router(make_router(self))
+        route(
+            app,
+            "GET",
+            "/v1/models",
+            self.models,
+            summary="The models that this server answers for.",
+            answer=ModelList,
         )
-        app.add_api_route("/health", self.health, methods=["GET"])
+        route(
+            app,
+            "GET",
+            "/v1/models/{name:path}",
+            self.model,
+            summary="One model.",
+            answer=ModelEntry,
+            statuses=(403, 404),
+        )
+        route(
+            app,
+            "GET",
+            "/health",
+            self.health,
+            summary="200 only if a completion has worked, or got on, just now.",
+            answer=Health,
+        )
+        route(
+            app,
+            "GET",
+            "/metrics",
+            self.metrics,
+            summary="Counters and histograms for Prometheus.",
+            media_type=METRICS_MEDIA_TYPE,
+        )
         app.add_api_route("/health", self.health, methods=["HEAD"], include_in_schema=False)
-        app.add_api_route("/", self.home, methods=["GET"], response_class=PlainTextResponse)
+        route(app, "GET", "/", self.home, summary="What this is.", media_type="text/plain")
+        add_document(app)
         add_playground(app)
         # The last one added is the outermost: ids and the log see every answer.
         app.add_middleware(KeyCheck, keys=self._settings.api_keys)

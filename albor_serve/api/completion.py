@@ -77,6 +77,11 @@ class Job:
     """A warm-up to run when the answer is done: the whole prompt, of which only a part fitted the
     time to the first token."""
 
+    @property
+    def is_truncated(self) -> bool:
+        """Whether code around the cursor was left out for want of room."""
+        return self.fim is not None and not self.fim.is_whole
+
 
 @dataclass(frozen=True, slots=True)
 class CompletionSpec:
@@ -94,8 +99,14 @@ class CompletionSpec:
     an error. For fill-in-the-middle alone."""
     num_candidates: int = 1
     """Answers computed for each prompt."""
+    is_greedy_first: bool = False
+    """Whether the first candidate takes the likeliest tokens, whatever `sampling` says."""
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    min_indent: int = 0
+    """The answer ends before a line with less indentation; see `GenerateRequest`."""
+    max_decode_ms: float | None = None
+    """Time for sampling once the answer has a line end; see `GenerateRequest`."""
     echo: bool = False
     """Put the prompt before the answer, and report its log-probabilities if any are wanted."""
     wants_logprobs: bool = False
@@ -135,6 +146,8 @@ def plan_jobs(served: ServedModel, spec: CompletionSpec) -> list[Job]:
                 stop=spec.stop,
                 ignore_eos=spec.ignore_eos,
                 forced_bytes=planned.forced_bytes,
+                min_indent=spec.min_indent,
+                max_decode_ms=spec.max_decode_ms,
                 stop_scope=options.stop_scope,
                 code=planned.code,
                 min_confidence=options.min_confidence,
@@ -308,16 +321,14 @@ def _window_for(
 
 
 def _sampling(spec: CompletionSpec, candidate: int) -> SamplingParams:
-    sampling = _with_seed(spec.sampling, candidate)
+    sampling = spec.sampling
+    if candidate == 0 and spec.is_greedy_first:
+        sampling = replace(sampling, temperature=0.0)
+    if candidate and sampling.seed is not None:
+        sampling = replace(sampling, seed=(sampling.seed + candidate) % (1 << 64))
     if spec.options.min_confidence > 0 and sampling.num_logprobs is None:
-        return replace(sampling, num_logprobs=0)
+        sampling = replace(sampling, num_logprobs=0)
     return sampling
-
-
-def _with_seed(sampling: SamplingParams, candidate: int) -> SamplingParams:
-    if sampling.seed is None or candidate == 0:
-        return sampling
-    return replace(sampling, seed=(sampling.seed + candidate) % (1 << 64))
 
 
 @dataclass(slots=True)
@@ -330,6 +341,8 @@ class Answer:
     reason: FinishReason | None = None
     stopped_by: StoppedBy | None = None
     """The rule that ended it; None where the model or a limit did."""
+    stop_string: str | None = None
+    """The stop string, if one ended it."""
     timings: Timings | None = None
     prompt_tokens: tuple[TokenInfo, ...] = ()
 
@@ -442,6 +455,7 @@ class Completion:
                         raise _cancelled(answer.job.request)
                     answer.reason = event.reason
                     answer.stopped_by = event.stopped_by
+                    answer.stop_string = event.stop_string
                     answer.timings = event.timings
                     answer.prompt_tokens = event.prompt_tokens
                     texts.setdefault(index, [])

@@ -6,7 +6,9 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel
 
 from albor_serve.api.completion import (
     Answer,
@@ -16,6 +18,7 @@ from albor_serve.api.completion import (
     TokenOffsets,
     Update,
 )
+from albor_serve.api.document import Usage
 from albor_serve.api.errors import error_body
 from albor_serve.api.extension import answer_extension, choice_extension
 from albor_serve.api.schemas import AlborOptions, CompletionBody
@@ -24,7 +27,10 @@ from albor_serve.errors import AlborError
 from albor_serve.sequence import FinishReason, TokenInfo
 
 __all__ = [
+    "CompletionAnswer",
     "CompletionWriter",
+    "ModelEntry",
+    "ModelList",
     "completion_spec",
     "finish_reason",
     "model_body",
@@ -33,6 +39,69 @@ __all__ = [
 ]
 
 DEFAULT_MAX_TOKENS = 16
+
+
+class Logprobs(BaseModel):
+    """Log-probabilities of one answer's tokens, one entry for each."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    """None for the first token of an echoed prompt."""
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+    """Where each token starts in the text, in characters."""
+
+
+class Choice(BaseModel):
+    """One answer."""
+
+    index: int
+    text: str
+    logprobs: Logprobs | None
+    finish_reason: Literal["stop", "length"]
+    albor: dict[str, Any] | None = None
+    """`confidence` and `stopped_by`, where the request has an `albor` object."""
+
+
+class CompletionAnswer(BaseModel):
+    """The answer of /v1/completions."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+    albor: dict[str, Any] | None = None
+    """`timings` and `fim`, where the request has an `albor` object."""
+
+
+class ModelMeta(BaseModel):
+    """What is known of a model."""
+
+    description: str
+    max_seq_len: int
+    """Tokens that one request may hold, answer included."""
+    vocab_size: int
+    fim: str | None
+    """The family of its fill-in-the-middle prompts; None where it has none."""
+
+
+class ModelEntry(BaseModel):
+    """One model under one of its names."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    meta: ModelMeta
+
+
+class ModelList(BaseModel):
+    """The answer of /v1/models."""
+
+    object: Literal["list"]
+    data: list[ModelEntry]
 
 
 def completion_spec(body: CompletionBody) -> CompletionSpec:

@@ -1,10 +1,10 @@
-"""The body of /v1/completions: what may be in it, checked before anything is computed."""
+"""Request bodies: what may be in them, checked before anything is computed."""
 
 from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
@@ -12,9 +12,13 @@ from albor_serve.errors import RequestError
 
 __all__ = [
     "AlborOptions",
+    "Body",
     "CompletionBody",
     "ExtraContext",
     "Prompt",
+    "Stop",
+    "check_stops",
+    "parse_body",
     "parse_completion",
     "parse_json",
 ]
@@ -59,24 +63,31 @@ _BIAS_SCHEMA = {
 }
 
 
-class _Body(BaseModel):
+BodyT = TypeVar("BodyT", bound=BaseModel)
+Stop = Annotated[Any, WithJsonSchema(_STOP_SCHEMA)]
+"""A `stop` field; read it with `check_stops`."""
+
+
+class Body(BaseModel):
+    """Base of all request bodies: exact types, unknown fields ignored."""
+
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """Options of a streamed answer."""
 
     include_usage: bool = False
 
 
-class ExtraContext(_Body):
+class ExtraContext(Body):
     """A piece of another file."""
 
     path: Annotated[str, Field(min_length=1, max_length=MAX_PATH_CHARS)]
     text: Annotated[str, Field(max_length=MAX_EXTRA_CHARS)]
 
 
-class AlborOptions(_Body):
+class AlborOptions(Body):
     """albor's own extensions."""
 
     session: Annotated[str, Field(min_length=1, max_length=128)] | None = None
@@ -107,7 +118,7 @@ class AlborOptions(_Body):
     """The answer begins with this text, which is not returned. Needs one prompt of text."""
 
 
-class CompletionBody(_Body):
+class CompletionBody(Body):
     """Request body of /v1/completions. Unknown fields are ignored."""
 
     model: str | None = None
@@ -126,7 +137,7 @@ class CompletionBody(_Body):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    stop: Annotated[Any, WithJsonSchema(_STOP_SCHEMA)] = None
+    stop: Stop = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -165,18 +176,7 @@ class CompletionBody(_Body):
 
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""
-        stop = self.stop
-        if stop is None:
-            return ()
-        stops = [stop] if isinstance(stop, str) else stop
-        if not isinstance(stops, list) or not all(isinstance(item, str) for item in stops):
-            raise RequestError("stop must be a string or a list of strings", param="stop")
-        if len(stops) > MAX_STOPS or any(not 0 < len(item) <= MAX_STOP_CHARS for item in stops):
-            raise RequestError(
-                f"stop may hold at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters",
-                param="stop",
-            )
-        return tuple(stops)
+        return check_stops(self.stop)
 
     def biases(self) -> tuple[tuple[int, float], ...]:
         """The logit biases as (token id, bias)."""
@@ -213,7 +213,7 @@ def parse_json(data: bytes) -> Any:
         raise RequestError(f"the body is not valid JSON{where}") from None
 
 
-def parse_completion(value: Any) -> CompletionBody:
+def parse_body(schema: type[BodyT], value: Any) -> BodyT:
     """Check a parsed body.
 
     Raises:
@@ -222,11 +222,17 @@ def parse_completion(value: Any) -> CompletionBody:
     if not isinstance(value, dict):
         raise RequestError("the body must be a JSON object")
     try:
-        body = CompletionBody.model_validate(value)
+        return schema.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-        field = ".".join(str(part) for part in first["loc"] if _is_field(part))
-        raise RequestError(f"{field}: {first['msg']}", param=field) from None
+        known = _field_names(schema)
+        field = ".".join(str(part) for part in first["loc"] if part in known)
+        raise RequestError(f"{field}: {first['msg']}", param=field or None) from None
+
+
+def parse_completion(value: Any) -> CompletionBody:
+    """Check a parsed body of /v1/completions; see `parse_body`."""
+    body = parse_body(CompletionBody, value)
     if body.best_of is not None and body.best_of < body.num_choices:
         raise RequestError("best_of must be at least n", param="best_of")
     if body.stream and body.num_candidates > body.num_choices:
@@ -238,13 +244,35 @@ def parse_completion(value: Any) -> CompletionBody:
     return body
 
 
-def _is_field(part: object) -> bool:
-    return isinstance(part, str) and part in {
-        *CompletionBody.model_fields,
-        *AlborOptions.model_fields,
-        *ExtraContext.model_fields,
-        *StreamOptions.model_fields,
-    }
+def check_stops(stop: Any) -> tuple[str, ...]:
+    """The stop strings of a `stop` field: a string, a list of strings or None.
+
+    Raises:
+        RequestError: it is something else, or there are too many or too long ones.
+    """
+    if stop is None:
+        return ()
+    stops = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stops, list) or not all(isinstance(item, str) for item in stops):
+        raise RequestError("stop must be a string or a list of strings", param="stop")
+    if len(stops) > MAX_STOPS or any(not 0 < len(item) <= MAX_STOP_CHARS for item in stops):
+        raise RequestError(
+            f"stop may hold at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters",
+            param="stop",
+        )
+    return tuple(stops)
+
+
+def _field_names(schema: type[BaseModel]) -> frozenset[object]:
+    """Names of a schema's fields and of those inside them: what an error may speak of."""
+    names: set[object] = set(schema.model_fields)
+    annotations: list[Any] = [field.annotation for field in schema.model_fields.values()]
+    while annotations:
+        annotation = annotations.pop()
+        annotations += get_args(annotation)
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            names |= _field_names(annotation)
+    return frozenset(names)
 
 
 def _is_id(item: object) -> bool:

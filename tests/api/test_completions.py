@@ -245,7 +245,10 @@ def test_health_and_home(http: httpx.Client) -> None:
     assert "albor-tiny" in http.get("/").text
     document = http.get("/openapi.json").json()
     schema = document["paths"][URL]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert {"prompt", "suffix", "albor"} <= set(schema["properties"])
+    name = schema["$ref"].removeprefix("#/components/schemas/")
+    assert {"prompt", "suffix", "albor"} <= set(
+        document["components"]["schemas"][name]["properties"]
+    )
 
 
 def test_the_openai_package_works(client: openai.OpenAI) -> None:

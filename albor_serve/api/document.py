@@ -1,0 +1,160 @@
+"""The OpenAPI document: every route says what it takes and what it answers.
+
+Bodies are checked by the dialects themselves, not by FastAPI, whose errors repeat the input. So
+each route describes itself here, and the parts come together when the document is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.responses import Response
+
+__all__ = ["Usage", "add_document", "route"]
+
+REF = "#/components/schemas/{model}"
+
+
+class PromptTokensDetails(BaseModel):
+    """More about the prompt's tokens."""
+
+    cached_tokens: int
+    """Prompt tokens found in the KV cache."""
+
+
+class Usage(BaseModel):
+    """Tokens of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+    num_prompt_tokens: int | None = None
+    """Where the prompt did not fit: its length."""
+    max_seq_len: int | None = None
+    """Where the prompt did not fit: the tokens that the context holds."""
+
+
+class ErrorBody(BaseModel):
+    """Every error's body."""
+
+    error: ErrorDetail
+
+
+_STATUSES = {
+    400: "The request is at fault; the message says how.",
+    403: "Sent by a page or for a name that is not this machine's.",
+    404: "There is no such model or URL.",
+    409: "A newer request of the same session took its place.",
+    413: "The body is too large.",
+    500: "The device or the native library failed.",
+    503: "Loading, shutting down or too busy: try again later.",
+}
+
+
+def route(
+    router: APIRouter | FastAPI,
+    method: str,
+    path: str,
+    handler: Callable[..., Awaitable[Response | str]],
+    *,
+    summary: str,
+    body: type[BaseModel] | None = None,
+    answer: type[BaseModel] | None = None,
+    media_type: str = "application/json",
+    streams: bool = False,
+    statuses: Sequence[int] = (),
+) -> None:
+    """Add a route with its description.
+
+    Args:
+        router: takes the route.
+        method: "GET" or "POST".
+        path: its URL.
+        handler: answers it.
+        summary: one line about it.
+        body: schema of the request's body, if it takes one.
+        answer: schema of the 200 answer; None for text of `media_type`.
+        media_type: of the 200 answer.
+        streams: whether `stream: true` answers with server-sent events instead.
+        statuses: error statuses; by default all that a completion may have.
+    """
+    ok: dict[str, Any] = {"schema": {"type": "string"} if answer is None else _ref(answer)}
+    content = {media_type: ok}
+    if streams:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    if not statuses:
+        statuses = tuple(_STATUSES) if body is not None else (403, 500, 503)
+    error = {"application/json": {"schema": _ref(ErrorBody)}}
+    responses: dict[str, Any] = {"200": {"description": "Done.", "content": content}}
+    for status in statuses:
+        responses[str(status)] = {"description": _STATUSES[status], "content": error}
+    models = [model for model in (ErrorBody, body, answer) if model is not None]
+    extra: dict[str, Any] = {"responses": responses, _SCHEMAS: _schemas(models)}
+    if body is not None:
+        extra["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": _ref(body)}},
+        }
+    router.add_api_route(
+        path,
+        handler,
+        methods=[method],
+        summary=summary,
+        response_class=Response,
+        openapi_extra=extra,
+    )
+
+
+def add_document(app: FastAPI) -> None:
+    """Make the application's OpenAPI document complete; call it once all routes are there."""
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = _build(app)
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]  # FastAPI's own way to extend it
+
+
+_SCHEMAS = "x-albor-schemas"
+"""Where a route keeps its schemas until the document is built."""
+
+
+def _build(app: FastAPI) -> dict[str, Any]:
+    document = get_openapi(
+        title=app.title, version=app.version, summary=app.summary, routes=app.routes
+    )
+    schemas: dict[str, Any] = {}
+    for path in document["paths"].values():
+        for operation in path.values():
+            schemas |= operation.pop(_SCHEMAS, {})
+            # FastAPI's own checks, which no route uses.
+            operation["responses"].pop("422", None)
+    document["components"] = {"schemas": dict(sorted(schemas.items()))}
+    return document
+
+
+def _schemas(models: Sequence[type[BaseModel]]) -> dict[str, Any]:
+    """JSON schemas of these models and of those inside them, by name."""
+    _, schemas = models_json_schema([(model, "validation") for model in models], ref_template=REF)
+    defs: dict[str, Any] = schemas.get("$defs", {})
+    return defs
+
+
+def _ref(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": REF.format(model=model.__name__)}

@@ -1,0 +1,298 @@
+"""llama.cpp's other routes: /completion, /tokenize, /detokenize, /props and /slots."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from pydantic import BaseModel, RootModel, WithJsonSchema
+from starlette.requests import Request
+from starlette.responses import Response
+
+from albor_serve import __version__
+from albor_serve.api.completion import CompletionSpec, ServedModel
+from albor_serve.api.dialect import LARGE_BODY_BYTES, Host, json_response
+from albor_serve.api.document import route
+from albor_serve.api.llamacpp import LlamaCppBody, LlamaCppResult, LlamaCppWriter
+from albor_serve.api.schemas import MAX_PROMPTS, AlborOptions, Body, Prompt, parse_body
+from albor_serve.errors import QueueFullError, RequestError
+from albor_serve.tokenizer import Tokenizer
+
+__all__ = ["llamacpp_router"]
+
+_PIECES = {"type": "array", "items": {"anyOf": [{"type": "integer"}, {"type": "string"}]}}
+_PROMPT_SCHEMA = {
+    "description": "Text, a list of token ids and texts, or a list of such prompts.",
+    "anyOf": [
+        {"type": "string"},
+        _PIECES,
+        {"type": "array", "items": {"anyOf": [{"type": "string"}, _PIECES]}},
+        {"type": "object", "properties": {"prompt_string": {"type": "string"}}},
+    ],
+}
+
+
+class PlainBody(LlamaCppBody):
+    """Request body of /completion."""
+
+    prompt: Annotated[Any, WithJsonSchema(_PROMPT_SCHEMA)]
+
+
+class TokenizeBody(Body):
+    """Request body of /tokenize."""
+
+    content: str
+    add_special: bool = False
+    """Put the beginning-of-text token first, where the model has one."""
+    parse_special: bool = True
+    """Whether spellings such as <|fim_prefix|> become control tokens."""
+    with_pieces: bool = False
+    """Return each token's text too."""
+    model: str | None = None
+
+
+class TokenPiece(BaseModel):
+    """A token and what it stands for: text, or its bytes where they are no whole characters."""
+
+    id: int
+    piece: str | list[int]
+
+
+class TokenizeAnswer(BaseModel):
+    """The answer of /tokenize."""
+
+    tokens: list[int | TokenPiece]
+
+
+class DetokenizeBody(Body):
+    """Request body of /detokenize."""
+
+    tokens: list[int]
+    model: str | None = None
+
+
+class DetokenizeAnswer(BaseModel):
+    """The answer of /detokenize; control tokens stand for no text."""
+
+    content: str
+
+
+class Props(BaseModel):
+    """The answer of /props."""
+
+    default_generation_settings: dict[str, Any]
+    total_slots: int
+    model_alias: str
+    model_path: str
+    chat_template: str
+    modalities: dict[str, bool]
+    build_info: str
+    is_sleeping: bool
+
+
+class SlotState(BaseModel):
+    """One slot of /slots."""
+
+    id: int
+    n_ctx: int
+    speculative: bool
+    is_processing: bool
+    n_prompt_tokens_cache: int
+
+
+class Slots(RootModel[list[SlotState]]):
+    """The answer of /slots."""
+
+
+def _prompts(tokenizer: Tokenizer, prompt: Any) -> tuple[Prompt, ...]:
+    """The prompts one by one, as llama.cpp tells them apart."""
+    if isinstance(prompt, list) and not any(_is_id(part) for part in prompt):
+        if not 0 < len(prompt) <= MAX_PROMPTS:
+            raise RequestError(f"prompt must hold 1 to {MAX_PROMPTS} prompts", param="prompt")
+        return tuple(_one_prompt(tokenizer, part) for part in prompt)
+    return (_one_prompt(tokenizer, prompt),)
+
+
+def _one_prompt(tokenizer: Tokenizer, prompt: Any) -> Prompt:
+    if isinstance(prompt, dict) and set(prompt) == {"prompt_string"}:
+        prompt = prompt["prompt_string"]
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, list) and prompt:
+        ids: list[int] = []
+        for part in prompt:
+            if isinstance(part, str):
+                ids += tokenizer.encode(part, parse_special=True)
+            elif _is_id(part):
+                ids.append(part)
+            else:
+                raise _prompt_error()
+        if ids:
+            return tuple(ids)
+    raise _prompt_error()
+
+
+def _is_id(part: object) -> bool:
+    return isinstance(part, int) and not isinstance(part, bool)
+
+
+def _prompt_error() -> RequestError:
+    return RequestError(
+        "prompt must be text, a list of token ids and texts, or a list of such prompts, none of "
+        "them empty",
+        param="prompt",
+    )
+
+
+def _plain_spec(served: ServedModel, body: PlainBody) -> CompletionSpec:
+    tokenizer = served.engine.tokenizer
+    return CompletionSpec(
+        prompts=_prompts(tokenizer, body.prompt),
+        max_new_tokens=body.max_new_tokens(served),
+        sampling=body.sampling(tokenizer),
+        num_candidates=body.num_choices,
+        is_greedy_first=body.is_greedy_first,
+        stop=body.stops(),
+        ignore_eos=bool(body.ignore_eos),
+        min_indent=body.n_indent or 0,
+        max_decode_ms=body.t_max_predict_ms or None,
+        options=body.albor or AlborOptions(),
+    )
+
+
+def llamacpp_router(host: Host) -> APIRouter:
+    """The routes of this module."""
+    router = APIRouter()
+
+    async def completion(request: Request) -> Response:
+        value, num_bytes = await host.read_json(request)
+        body = parse_body(PlainBody, value)
+        served = await host.find_model(body.model)
+        spec = _plain_spec(served, body)
+        is_list = len(spec.prompts) * spec.num_candidates > 1
+        return await host.answer(
+            request,
+            served,
+            spec,
+            lambda completion: LlamaCppWriter(served, body, completion, is_list=is_list),
+            stream=bool(body.stream),
+            num_bytes=num_bytes,
+        )
+
+    async def tokenize(request: Request) -> Response:
+        value, num_bytes = await host.read_json(request)
+        body = parse_body(TokenizeBody, value)
+        tokenizer = (await host.find_model(body.model)).engine.tokenizer
+
+        def encode() -> list[int]:
+            return tokenizer.encode(body.content, parse_special=body.parse_special)
+
+        is_large = num_bytes > LARGE_BODY_BYTES
+        ids = await asyncio.to_thread(encode) if is_large else encode()
+        if body.add_special and tokenizer.adds_bos and tokenizer.bos_token_id is not None:
+            ids = [tokenizer.bos_token_id, *ids]
+        if not body.with_pieces:
+            return json_response({"tokens": ids})
+        pieces = [{"id": i, "piece": _piece(tokenizer.token_bytes(i))} for i in ids]
+        return json_response({"tokens": pieces})
+
+    async def detokenize(request: Request) -> Response:
+        value, _ = await host.read_json(request)
+        body = parse_body(DetokenizeBody, value)
+        tokenizer = (await host.find_model(body.model)).engine.tokenizer
+        if not all(0 <= token_id < tokenizer.vocab_size for token_id in body.tokens):
+            raise RequestError(
+                f"a token id is outside this model's vocabulary: use 0 to "
+                f"{tokenizer.vocab_size - 1}",
+                param="tokens",
+            )
+        return json_response({"content": tokenizer.decode(body.tokens).decode("utf-8", "replace")})
+
+    async def props() -> Response:
+        served = await host.find_model(None)
+        engine = served.engine
+        defaults = PlainBody(prompt="").sampling(engine.tokenizer)
+        settings = {
+            "n_ctx": engine.max_seq_len,
+            "params": {
+                "temperature": defaults.temperature,
+                "top_k": defaults.top_k,
+                "top_p": defaults.top_p,
+                "min_p": defaults.min_p,
+                "n_predict": -1,
+            },
+        }
+        return json_response(
+            {
+                "default_generation_settings": settings,
+                "total_slots": len(engine.stats().slots),
+                "model_alias": served.name,
+                # Where the file lies is nobody's business.
+                "model_path": served.name,
+                "chat_template": "",
+                "modalities": {"vision": False, "audio": False},
+                "build_info": f"albor {__version__}",
+                "is_sleeping": False,
+            }
+        )
+
+    async def slots(request: Request) -> Response:
+        engine = (await host.find_model(None)).engine
+        views = engine.stats().slots
+        wants_free = request.query_params.get("fail_on_no_slot", "") not in ("", "0")
+        if wants_free and all(view.is_busy for view in views):
+            raise QueueFullError("every slot is busy: try again later")
+        states = [
+            {
+                "id": view.index,
+                "n_ctx": engine.max_seq_len,
+                "speculative": False,
+                "is_processing": view.is_busy,
+                "n_prompt_tokens_cache": view.num_cached_tokens,
+            }
+            for view in views
+        ]
+        return json_response(states)
+
+    for path in ("/completion", "/completions"):
+        route(
+            router,
+            "POST",
+            path,
+            completion,
+            summary="llama.cpp's text completion.",
+            body=PlainBody,
+            answer=LlamaCppResult,
+            streams=True,
+        )
+    route(
+        router,
+        "POST",
+        "/tokenize",
+        tokenize,
+        summary="Text to token ids.",
+        body=TokenizeBody,
+        answer=TokenizeAnswer,
+        statuses=(400, 403, 404, 413),
+    )
+    route(
+        router,
+        "POST",
+        "/detokenize",
+        detokenize,
+        summary="Token ids to text.",
+        body=DetokenizeBody,
+        answer=DetokenizeAnswer,
+        statuses=(400, 403, 404, 413),
+    )
+    route(router, "GET", "/props", props, summary="The model's settings.", answer=Props)
+    route(router, "GET", "/slots", slots, summary="What each slot does.", answer=Slots)
+    return router
+
+
+def _piece(data: bytes) -> str | list[int]:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return list(data)
