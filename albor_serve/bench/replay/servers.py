@@ -57,16 +57,15 @@ async def read_totals(address: str) -> Totals:
     text = await get_text(address, "/metrics")
     new = _counter(text, "llamacpp:prompt_tokens_total")
     if new is None:
-        asked = _counter(text, "albor_prompt_tokens_total")
-        cached = _counter(text, "albor_cached_prompt_tokens_total")
-        new = None if asked is None or cached is None else asked - cached
+        new = _counter(text, "albor_prompt_tokens_total", 'source="new"')
     decoded = _counter(text, "llamacpp:tokens_predicted_total")
     if decoded is None:
-        decoded = _counter(text, "albor_new_tokens_total")
+        decoded = _counter(text, "albor_generated_tokens_total")
     return Totals(new, decoded)
 
 
-def _counter(text: str, name: str) -> float | None:
-    """The sum of a counter over its labels."""
-    values = re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)", text, re.MULTILINE)
+def _counter(text: str, name: str, label: str = "") -> float | None:
+    """The sum of a counter over its labels, or over those that hold `label`."""
+    labels = rf"\{{[^}}]*{re.escape(label)}[^}}]*\}}" + ("" if label else "|")
+    values = re.findall(rf"^{re.escape(name)}(?:{labels}) (\S+)", text, re.MULTILINE)
     return sum(map(float, values)) if values else None
