@@ -352,22 +352,16 @@ class Engine:
         prompt_len = len(request.prompt)
         if prompt_len + (request.max_new_tokens > 0) > self._max_seq_len:
             raise PromptTooLongError(prompt_len, self._max_seq_len)
-        if not all(0 <= token_id < vocab_size for token_id in request.prompt):
-            raise RequestError(
-                f"a prompt token id is outside this model's vocabulary: use 0 to {vocab_size - 1}",
-                param="prompt",
-            )
-        if not all(0 <= token_id < vocab_size for draft in request.drafts for token_id in draft):
-            raise RequestError(
-                f"a draft's token id is outside this model's vocabulary: use 0 to {vocab_size - 1}",
-                param="drafts",
-            )
-        if not all(0 <= token_id < vocab_size for token_id, _ in request.sampling.logit_bias):
-            raise RequestError(
-                f"a logit_bias token id is outside this model's vocabulary: use 0 to "
-                f"{vocab_size - 1}",
-                param="logit_bias",
-            )
+        for param, what, ids in (
+            ("prompt", "a prompt token id", request.prompt),
+            ("drafts", "a draft's token id", [i for draft in request.drafts for i in draft]),
+            ("logit_bias", "a logit_bias token id", [i for i, _ in request.sampling.logit_bias]),
+        ):
+            if not all(0 <= token_id < vocab_size for token_id in ids):
+                raise RequestError(
+                    f"{what} is outside this model's vocabulary: use 0 to {vocab_size - 1}",
+                    param=param,
+                )
         code = request.code or CodeAround("", "")
         banned = self._tokenizer.eos_token_ids if request.ignore_eos else ()
         return _Sequence(

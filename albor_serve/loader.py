@@ -14,7 +14,7 @@ from albor_serve.backends.calibrate import calibrate
 from albor_serve.backends.cpu import CpuBackend, unsupported
 from albor_serve.backends.llamacpp import LlamaCppBackend, LlamaCppVocabulary
 from albor_serve.backends.llamacpp_tokenizer import LlamaCppTokenizer, choose_tokenizer
-from albor_serve.checkpoint import open_checkpoint
+from albor_serve.checkpoint import GgufCheckpoint
 from albor_serve.checkpoint.gguf_header import GgufHeader, open_gguf_header
 from albor_serve.config import EngineConfig
 from albor_serve.engine import Engine
@@ -71,7 +71,7 @@ class OpenBackend:
 
 
 def open_backend(
-    path: Path,
+    checkpoint: GgufCheckpoint,
     num_slots: int,
     max_seq_len: int,
     *,
@@ -85,34 +85,12 @@ def open_backend(
         ConfigError: `choice` is "cpu" and albor's kernels can't run this model here.
         What LlamaCppBackend.load and CpuBackend raise.
     """
+    path = checkpoint.path
     # The kernels for AVX2 and AVX-VNNI do not beat llama.cpp yet: they are for who asks.
-    wanted = choice == "cpu" or (choice == "auto" and best_instruction_set() == "avx512")
-    if wanted:
-        checkpoint = open_checkpoint(path)
+    if choice == "cpu" or (choice == "auto" and best_instruction_set() == "avx512"):
         reason = unsupported(checkpoint)
         if reason is None:
-            vocabulary = LlamaCppVocabulary(path)
-            config = checkpoint.config
-            if vocabulary.tokenizer.vocab_size != config.vocab_size:
-                reason = "its vocabulary and its embedding differ in size"
-                vocabulary.close()
-        if reason is None:
-            try:
-                backend = CpuBackend(
-                    checkpoint,
-                    num_slots,
-                    max_seq_len,
-                    num_threads,
-                    progress,
-                    on_close=vocabulary.close,
-                )
-            except BaseException:
-                vocabulary.close()
-                raise
-            stored = checkpoint.quantized("model.layers.0.mlp.down_proj.weight").format
-            size = config.num_parameters / 1e6
-            kind = f"{config.architecture} {stored}, {size:.0f}M parameters"
-            return OpenBackend(backend, vocabulary.tokenizer, kind)
+            return _open_own(checkpoint, num_slots, max_seq_len, num_threads, progress)
         if choice == "cpu":
             raise ConfigError(
                 f"albor's CPU kernels can't run {path.name}: {reason}; leave out --backend cpu"
@@ -124,6 +102,28 @@ def open_backend(
     # llama.cpp prints "?B" for sizes that it has no name for.
     kind = f"{info.description.replace('?B ', '')}, {info.num_parameters / 1e6:.0f}M parameters"
     return OpenBackend(native, native.tokenizer, kind)
+
+
+def _open_own(
+    checkpoint: GgufCheckpoint,
+    num_slots: int,
+    max_seq_len: int,
+    num_threads: int | None,
+    progress: Callable[[float], None] | None,
+) -> OpenBackend:
+    """Albor's own kernels, with the vocabulary as llama.cpp reads it."""
+    config = checkpoint.config
+    vocabulary = LlamaCppVocabulary(checkpoint.path)
+    try:
+        backend = CpuBackend(
+            checkpoint, num_slots, max_seq_len, num_threads, progress, on_close=vocabulary.close
+        )
+    except BaseException:
+        vocabulary.close()
+        raise
+    stored = checkpoint.tensor_format("model.layers.0.mlp.down_proj.weight")
+    kind = f"{config.architecture} {stored}, {config.num_parameters / 1e6:.0f}M parameters"
+    return OpenBackend(backend, vocabulary.tokenizer, kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,7 @@ def load_model(
     )
     _check_memory(header, config)
     opened = open_backend(
-        path,
+        GgufCheckpoint(header),
         config.num_slots,
         config.max_seq_len,
         choice=options.backend,

@@ -21,7 +21,13 @@ from starlette.types import Receive, Scope, Send
 from albor_serve import __version__
 from albor_serve.api.auth import ApiKeys, KeyCheck, SiteCheck
 from albor_serve.api.completion import Completion, CompletionSpec, Job, ServedModel, plan_jobs
-from albor_serve.api.dialect import LARGE_BODY_BYTES, MakeWriter, Writer, json_response
+from albor_serve.api.dialect import (
+    LARGE_BODY_BYTES,
+    MakeWriter,
+    Writer,
+    complete,
+    json_response,
+)
 from albor_serve.api.document import add_document, route
 from albor_serve.api.errors import BodyTimeoutError, PayloadTooLargeError, error_response
 from albor_serve.api.infill import infill_router
@@ -134,7 +140,7 @@ class _App:
             self.model,
             summary="One model.",
             answer=ModelEntry,
-            statuses=(403, 404),
+            statuses=(401, 403, 404),
         )
         route(
             app,
@@ -170,16 +176,12 @@ class _App:
 
     async def completions(self, request: Request) -> Response:
         """OpenAI's text completion; with `suffix`, fill-in-the-middle at the cursor."""
-        value, num_bytes = await self.read_json(request)
-        body = parse_completion(value)
-        served = await self.find_model(body.model)
-        return await self.answer(
+        return await complete(
+            self,
             request,
-            served,
-            completion_spec(body),
-            lambda completion: CompletionWriter(served, body, completion),
-            stream=bool(body.stream),
-            num_bytes=num_bytes,
+            parse_completion,
+            lambda _served, body: completion_spec(body),
+            CompletionWriter,
         )
 
     # ---- what every dialect needs (dialect.Host) --------------------------------------------
@@ -259,9 +261,7 @@ class _App:
         if wants_page(request):
             return page()
         return PlainTextResponse(
-            f"albor {__version__} serves {self._served.name}\n"
-            "POST /v1/completions   GET /v1/models   GET /health   GET /metrics   "
-            "GET /openapi.json\n"
+            f"albor {__version__} serves {self._served.name}\n{'   '.join(_urls(request.app))}\n"
         )
 
     async def _prove(self) -> None:
@@ -386,6 +386,13 @@ async def _unless_disconnected(
             on_progress()
     finally:
         watcher.cancel()
+
+
+def _urls(app: FastAPI) -> list[str]:
+    """What there is to ask for: each route that is described, with its method."""
+    paths = app.openapi()["paths"]
+    urls = [f"{method.upper()} {path}" for path, methods in paths.items() for method in methods]
+    return [*urls, f"GET {app.openapi_url}"]
 
 
 def _unknown_model(served: ServedModel) -> UnknownModelError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -17,7 +17,16 @@ from starlette.responses import Response
 from albor_serve.api.completion import Completion, CompletionSpec, ServedModel, Update
 from albor_serve.errors import AlborError
 
-__all__ = ["LARGE_BODY_BYTES", "Host", "MakeWriter", "Writer", "encode_json", "json_response"]
+__all__ = [
+    "LARGE_BODY_BYTES",
+    "Asked",
+    "Host",
+    "MakeWriter",
+    "Writer",
+    "complete",
+    "encode_json",
+    "json_response",
+]
 
 
 LARGE_BODY_BYTES = 8 * 1024
@@ -78,6 +87,46 @@ class Host(Protocol):
         Raises:
             AlborError: it failed before anything was sent.
         """
+
+
+class Asked(Protocol):
+    """What every dialect's body of a completion has."""
+
+    @property
+    def model(self) -> str | None:
+        """Which model is to answer."""
+
+    @property
+    def stream(self) -> bool | None:
+        """Whether the answer comes as server-sent events."""
+
+
+BodyT = TypeVar("BodyT", bound=Asked)
+
+
+async def complete(
+    host: Host,
+    request: Request,
+    parse: Callable[[Any], BodyT],
+    plan: Callable[[ServedModel, BodyT], CompletionSpec],
+    write: Callable[[ServedModel, BodyT, Completion], Writer],
+) -> Response:
+    """Answer one completion of a dialect that knows how to parse, plan and write it.
+
+    Raises:
+        AlborError: it failed before anything was sent.
+    """
+    value, num_bytes = await host.read_json(request)
+    body = parse(value)
+    served = await host.find_model(body.model)
+    return await host.answer(
+        request,
+        served,
+        plan(served, body),
+        lambda completion: write(served, body, completion),
+        stream=bool(body.stream),
+        num_bytes=num_bytes,
+    )
 
 
 def encode_json(value: Any) -> bytes:

@@ -6,6 +6,7 @@ each route describes itself here, and the parts come together when the document 
 
 from __future__ import annotations
 
+import pydoc
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -57,8 +58,10 @@ class ErrorBody(BaseModel):
 
 _STATUSES = {
     400: "The request is at fault; the message says how.",
+    401: "The server has API keys and this is none of them.",
     403: "Sent by a page or for a name that is not this machine's.",
     404: "There is no such model or URL.",
+    408: "The body did not arrive in time.",
     409: "A newer request of the same session took its place.",
     413: "The body is too large.",
     500: "The device or the native library failed.",
@@ -98,13 +101,13 @@ def route(
     if streams:
         content["text/event-stream"] = {"schema": {"type": "string"}}
     if not statuses:
-        statuses = tuple(_STATUSES) if body is not None else (403, 500, 503)
+        statuses = tuple(_STATUSES) if body is not None else (401, 403, 500, 503)
     error = {"application/json": {"schema": _ref(ErrorBody)}}
     responses: dict[str, Any] = {"200": {"description": "Done.", "content": content}}
     for status in statuses:
         responses[str(status)] = {"description": _STATUSES[status], "content": error}
-    models = [model for model in (ErrorBody, body, answer) if model is not None]
-    extra: dict[str, Any] = {"responses": responses, _SCHEMAS: _schemas(models)}
+    models = [f"{m.__module__}.{m.__qualname__}" for m in (ErrorBody, body, answer) if m]
+    extra: dict[str, Any] = {"responses": responses, _MODELS: models}
     if body is not None:
         extra["requestBody"] = {
             "required": True,
@@ -131,29 +134,25 @@ def add_document(app: FastAPI) -> None:
     app.openapi = document  # type: ignore[method-assign]  # FastAPI's own way to extend it
 
 
-_SCHEMAS = "x-albor-schemas"
-"""Where a route keeps its schemas until the document is built."""
+_MODELS = "x-albor-models"
+"""Where a route keeps the names of the models that its description refers to: their schemas take
+tens of milliseconds, so they are made when the document is asked for and not at every start."""
 
 
 def _build(app: FastAPI) -> dict[str, Any]:
     document = get_openapi(
         title=app.title, version=app.version, summary=app.summary, routes=app.routes
     )
-    schemas: dict[str, Any] = {}
+    names: set[str] = set()
     for path in document["paths"].values():
         for operation in path.values():
-            schemas |= operation.pop(_SCHEMAS, {})
+            names.update(operation.pop(_MODELS, ()))
             # FastAPI's own checks, which no route uses.
             operation["responses"].pop("422", None)
-    document["components"] = {"schemas": dict(sorted(schemas.items()))}
-    return document
-
-
-def _schemas(models: Sequence[type[BaseModel]]) -> dict[str, Any]:
-    """JSON schemas of these models and of those inside them, by name."""
+    models: list[Any] = [pydoc.locate(name) for name in sorted(names)]
     _, schemas = models_json_schema([(model, "validation") for model in models], ref_template=REF)
-    defs: dict[str, Any] = schemas.get("$defs", {})
-    return defs
+    document["components"] = {"schemas": dict(sorted(schemas.get("$defs", {}).items()))}
+    return document
 
 
 def _ref(model: type[BaseModel]) -> dict[str, str]:

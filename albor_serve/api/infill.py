@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from albor_serve.api.completion import CompletionSpec, ServedModel
-from albor_serve.api.dialect import Host
+from albor_serve.api.dialect import Host, complete
 from albor_serve.api.document import route
 from albor_serve.api.llamacpp import LlamaCppBody, LlamaCppResult, LlamaCppWriter
 from albor_serve.api.schemas import (
@@ -94,18 +94,14 @@ def infill_router(host: Host) -> APIRouter:
     router = APIRouter()
 
     async def infill(request: Request) -> Response:
-        value, num_bytes = await host.read_json(request)
-        body = parse_body(InfillBody, value)
-        served = await host.find_model(body.model)
-        return await host.answer(
+        return await complete(
+            host,
             request,
-            served,
-            infill_spec(served, body),
-            lambda completion: LlamaCppWriter(
+            lambda value: parse_body(InfillBody, value),
+            infill_spec,
+            lambda served, body, completion: LlamaCppWriter(
                 served, body, completion, is_list=body.num_choices > 1
             ),
-            stream=bool(body.stream),
-            num_bytes=num_bytes,
         )
 
     route(

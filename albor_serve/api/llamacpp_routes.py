@@ -12,10 +12,17 @@ from starlette.responses import Response
 
 from albor_serve import __version__
 from albor_serve.api.completion import CompletionSpec, ServedModel
-from albor_serve.api.dialect import LARGE_BODY_BYTES, Host, json_response
+from albor_serve.api.dialect import LARGE_BODY_BYTES, Host, complete, json_response
 from albor_serve.api.document import route
 from albor_serve.api.llamacpp import LlamaCppBody, LlamaCppResult, LlamaCppWriter
-from albor_serve.api.schemas import MAX_PROMPTS, AlborOptions, Body, Prompt, parse_body
+from albor_serve.api.schemas import (
+    MAX_PROMPTS,
+    AlborOptions,
+    Body,
+    Prompt,
+    is_token_id,
+    parse_body,
+)
 from albor_serve.errors import QueueFullError, RequestError
 from albor_serve.tokenizer import Tokenizer
 
@@ -107,7 +114,7 @@ class Slots(RootModel[list[SlotState]]):
 
 def _prompts(tokenizer: Tokenizer, prompt: Any) -> tuple[Prompt, ...]:
     """The prompts one by one, as llama.cpp tells them apart."""
-    if isinstance(prompt, list) and not any(_is_id(part) for part in prompt):
+    if isinstance(prompt, list) and not any(is_token_id(part) for part in prompt):
         if not 0 < len(prompt) <= MAX_PROMPTS:
             raise RequestError(f"prompt must hold 1 to {MAX_PROMPTS} prompts", param="prompt")
         return tuple(_one_prompt(tokenizer, part) for part in prompt)
@@ -124,17 +131,13 @@ def _one_prompt(tokenizer: Tokenizer, prompt: Any) -> Prompt:
         for part in prompt:
             if isinstance(part, str):
                 ids += tokenizer.encode(part, parse_special=True)
-            elif _is_id(part):
+            elif is_token_id(part):
                 ids.append(part)
             else:
                 raise _prompt_error()
         if ids:
             return tuple(ids)
     raise _prompt_error()
-
-
-def _is_id(part: object) -> bool:
-    return isinstance(part, int) and not isinstance(part, bool)
 
 
 def _prompt_error() -> RequestError:
@@ -166,18 +169,14 @@ def llamacpp_router(host: Host) -> APIRouter:
     router = APIRouter()
 
     async def completion(request: Request) -> Response:
-        value, num_bytes = await host.read_json(request)
-        body = parse_body(PlainBody, value)
-        served = await host.find_model(body.model)
-        spec = _plain_spec(served, body)
-        is_list = len(spec.prompts) * spec.num_candidates > 1
-        return await host.answer(
+        return await complete(
+            host,
             request,
-            served,
-            spec,
-            lambda completion: LlamaCppWriter(served, body, completion, is_list=is_list),
-            stream=bool(body.stream),
-            num_bytes=num_bytes,
+            lambda value: parse_body(PlainBody, value),
+            _plain_spec,
+            lambda served, body, completion: LlamaCppWriter(
+                served, body, completion, is_list=len(completion.answers) > 1
+            ),
         )
 
     async def tokenize(request: Request) -> Response:
@@ -274,7 +273,7 @@ def llamacpp_router(host: Host) -> APIRouter:
         summary="Text to token ids.",
         body=TokenizeBody,
         answer=TokenizeAnswer,
-        statuses=(400, 403, 404, 413),
+        statuses=(400, 401, 403, 404, 408, 413),
     )
     route(
         router,
@@ -284,7 +283,7 @@ def llamacpp_router(host: Host) -> APIRouter:
         summary="Token ids to text.",
         body=DetokenizeBody,
         answer=DetokenizeAnswer,
-        statuses=(400, 403, 404, 413),
+        statuses=(400, 401, 403, 404, 408, 413),
     )
     route(router, "GET", "/props", props, summary="The model's settings.", answer=Props)
     route(router, "GET", "/slots", slots, summary="What each slot does.", answer=Slots)

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from albor_serve.api.completion import Completion, CompletionSpec, ServedModel, Update
-from albor_serve.api.dialect import Host, encode_json
+from albor_serve.api.dialect import Host, complete, encode_json
 from albor_serve.api.document import Usage, route
 from albor_serve.api.errors import error_body
 from albor_serve.api.extension import answer_extension, choice_extension
@@ -171,18 +171,14 @@ def mistral_router(host: Host) -> APIRouter:
     router = APIRouter()
 
     async def fim_completions(request: Request) -> Response:
-        value, num_bytes = await host.read_json(request)
-        body = parse_body(FimBody, value)
-        served = await host.find_model(body.model)
-        return await host.answer(
+        return await complete(
+            host,
             request,
-            served,
-            fim_spec(served, body),
-            lambda completion: MistralWriter(
+            lambda value: parse_body(FimBody, value),
+            fim_spec,
+            lambda served, body, completion: MistralWriter(
                 served, completion, is_extended=body.albor is not None
             ),
-            stream=bool(body.stream),
-            num_bytes=num_bytes,
         )
 
     route(

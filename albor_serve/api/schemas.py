@@ -18,6 +18,7 @@ __all__ = [
     "Prompt",
     "Stop",
     "check_stops",
+    "is_token_id",
     "parse_body",
     "parse_completion",
     "parse_json",
@@ -164,7 +165,7 @@ class CompletionBody(Body):
             return [prompt]
         if not isinstance(prompt, list) or not prompt:
             raise _prompt_error()
-        if all(_is_id(item) for item in prompt):
+        if all(is_token_id(item) for item in prompt):
             return [tuple(prompt)]
         if len(prompt) > MAX_PROMPTS:
             raise RequestError(
@@ -275,14 +276,15 @@ def _field_names(schema: type[BaseModel]) -> frozenset[object]:
     return frozenset(names)
 
 
-def _is_id(item: object) -> bool:
+def is_token_id(item: object) -> bool:
+    """Whether a JSON value may be a token id: a whole number, and neither true nor false."""
     return isinstance(item, int) and not isinstance(item, bool)
 
 
 def _one_prompt(item: object) -> Prompt:
     if isinstance(item, str):
         return item
-    if isinstance(item, list) and item and all(_is_id(token_id) for token_id in item):
+    if isinstance(item, list) and item and all(is_token_id(token_id) for token_id in item):
         return tuple(item)
     raise _prompt_error()
 

@@ -2,12 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from albor_serve.backends.base import BackendInfo, ExtendStep
-from albor_serve.errors import BackendError
+from albor_serve.errors import BackendError, ConfigError
 
-__all__ = ["check_fork", "check_slot", "check_steps"]
+__all__ = [
+    "check_cache_memory",
+    "check_fork",
+    "check_rewind",
+    "check_sizes",
+    "check_slot",
+    "check_steps",
+]
+
+
+def check_sizes(sizes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise ConfigError unless each size, (value, most) by name, is 1 or more and at most that."""
+    for name, (value, most) in sizes.items():
+        if not 1 <= value <= most:
+            raise ConfigError(f"{name} is {value}: it must be a whole number, 1 to {most}")
+
+
+def check_cache_memory(
+    bytes_per_token: int, num_slots: int, max_seq_len: int, available: int | None
+) -> None:
+    """Refuse caches that would make the system kill a process: memory is promised, not reserved.
+
+    `available` is the free memory in bytes, None where it is not known. Raises BackendError.
+    """
+    needed = bytes_per_token * num_slots * max_seq_len
+    if available is not None and needed > available:
+        raise BackendError(
+            f"KV caches for {num_slots} slots of {max_seq_len} tokens need {needed / 2**30:.1f} "
+            f"GiB and {available / 2**30:.1f} GiB of memory are free: lower --slots or --ctx"
+        )
+
+
+def check_rewind(info: BackendInfo, slot: int, length: int) -> None:
+    """Raise BackendError unless `slot` exists and may be cut to `length` tokens."""
+    check_slot(info, slot)
+    if length < 0:
+        raise BackendError(f"cannot rewind to {length} tokens: give 0 or more")
 
 
 def check_slot(info: BackendInfo, slot: int) -> None:

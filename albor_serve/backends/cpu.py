@@ -13,12 +13,18 @@ import numpy as np
 
 from albor_serve.backends import llamacpp_native as native
 from albor_serve.backends.base import Aborted, BackendInfo, ExtendStep, LogitRows
-from albor_serve.backends.checks import check_fork, check_slot, check_steps
+from albor_serve.backends.checks import (
+    check_cache_memory,
+    check_fork,
+    check_rewind,
+    check_sizes,
+    check_slot,
+    check_steps,
+)
 from albor_serve.backends.thread_governor import ThreadGovernor
-from albor_serve.checkpoint.base import Checkpoint
-from albor_serve.checkpoint.gguf import llama3_factors
+from albor_serve.checkpoint.gguf import GgufCheckpoint, llama3_factors
 from albor_serve.config import RopeConfig
-from albor_serve.errors import AlborError, BackendError, ConfigError
+from albor_serve.errors import AlborError, BackendError
 from albor_serve.kernels.cpu_decode import (
     MATRICES,
     MAX_THREADS,
@@ -35,10 +41,11 @@ __all__ = ["CpuBackend", "rope_tables", "unsupported"]
 
 MAX_BATCH_LEN = 512
 
+_FORMATS = ("Q4_0", "Q8_0")
 _EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
-def unsupported(checkpoint: Checkpoint) -> str | None:
+def unsupported(checkpoint: GgufCheckpoint) -> str | None:
     """Why this backend can't run the model here, in a few words; None if it can."""
     instruction_set = best_instruction_set()
     if instruction_set is None:
@@ -51,9 +58,12 @@ def unsupported(checkpoint: Checkpoint) -> str | None:
             return problem
         for layer in range(config.num_layers):
             for part in MATRICES:
-                stored = checkpoint.quantized(f"model.layers.{layer}.{part}.weight")
-                if stored.format not in ("Q4_0", "Q8_0"):
-                    return f"its matrices are {stored.format}, not Q4_0 or Q8_0"
+                stored = checkpoint.tensor_format(f"model.layers.{layer}.{part}.weight")
+                if stored not in _FORMATS:
+                    return f"its matrices are {stored}, not Q4_0 or Q8_0"
+        tokens = checkpoint.header.metadata.array_length("tokenizer.ggml.tokens")
+        if tokens != config.vocab_size:
+            return "its vocabulary and its embedding differ in size"
     except AlborError as error:
         return str(error)
     return None
@@ -104,7 +114,7 @@ class CpuBackend:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: GgufCheckpoint,
         num_slots: int,
         max_seq_len: int,
         num_threads: int | None = None,
@@ -131,26 +141,20 @@ class CpuBackend:
             BackendError: not enough memory or no kernels. ConfigError: a number out of range.
             CheckpointError: the file is damaged.
         """
-        for name, value, high in (
-            ("num_slots", num_slots, 64),
-            ("max_seq_len", max_seq_len, 1 << 20),
-            ("num_threads", num_threads or 1, MAX_THREADS),
-            ("max_batch_len", max_batch_len, 1 << 16),
-        ):
-            if not 1 <= value <= high:
-                raise ConfigError(f"{name} is {value}: it must be a whole number, 1 to {high}")
+        check_sizes(
+            {
+                "num_slots": (num_slots, 64),
+                "max_seq_len": (max_seq_len, 1 << 20),
+                "num_threads": (num_threads or 1, MAX_THREADS),
+                "max_batch_len": (max_batch_len, 1 << 16),
+            }
+        )
         config = checkpoint.config
         problem = shape_problem(config)
         if problem is not None:
             raise BackendError(f"albor's CPU kernels can't run this model: {problem}")
         kv_bytes = 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim
-        available = native.available_memory_bytes()
-        if available is not None and kv_bytes * num_slots * max_seq_len > available:
-            raise BackendError(
-                f"KV caches for {num_slots} slots of {max_seq_len} tokens need "
-                f"{kv_bytes * num_slots * max_seq_len / 2**30:.1f} GiB and "
-                f"{available / 2**30:.1f} GiB of memory are free: lower --slots or --ctx"
-            )
+        check_cache_memory(kv_bytes, num_slots, max_seq_len, native.available_memory_bytes())
         chosen = instruction_set or best_instruction_set()
         if chosen is None:
             raise BackendError("this processor has no AVX2: serve the model through llama.cpp")
@@ -234,9 +238,7 @@ class CpuBackend:
     def rewind(self, slot: int, length: int) -> None:
         """Drop the slot's cache beyond its first `length` tokens (0 empties it)."""
         self._open()
-        check_slot(self._info, slot)
-        if length < 0:
-            raise BackendError(f"cannot rewind to {length} tokens: give 0 or more")
+        check_rewind(self._info, slot, length)
         self._lengths[slot] = min(length, self._lengths[slot])
 
     def fork(self, src: int, dst: int, length: int) -> None:
@@ -285,11 +287,11 @@ class CpuBackend:
         return ends, num_rows
 
 
-def _matrix(checkpoint: Checkpoint, name: str) -> PackedMatrix:
+def _matrix(checkpoint: GgufCheckpoint, name: str) -> PackedMatrix:
     """A matrix as it is stored; an embedding in another format is rounded to Q8_0."""
     stored = checkpoint.quantized(name)
     rows, cols = stored.shape
-    if stored.format not in ("Q4_0", "Q8_0") and name in _EMBEDDINGS:
+    if stored.format not in _FORMATS and name in _EMBEDDINGS:
         # llama.cpp's own quantizer keeps these in Q6_K; 8 bits lose nothing that could be seen.
         return PackedMatrix("Q8_0", rows, cols, quantize_q8_0(checkpoint.read(name)))
     return PackedMatrix(stored.format, rows, cols, stored.data)

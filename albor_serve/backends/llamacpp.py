@@ -16,7 +16,14 @@ import numpy as np
 
 from albor_serve.backends import llamacpp_native as native
 from albor_serve.backends.base import Aborted, BackendInfo, ExtendStep, LogitRows
-from albor_serve.backends.checks import check_fork, check_slot, check_steps
+from albor_serve.backends.checks import (
+    check_cache_memory,
+    check_fork,
+    check_rewind,
+    check_sizes,
+    check_slot,
+    check_steps,
+)
 from albor_serve.backends.llamacpp_tokenizer import LlamaCppTokenizer
 from albor_serve.backends.thread_governor import ThreadGovernor
 from albor_serve.errors import (
@@ -171,7 +178,10 @@ class LlamaCppBackend:
                 "f32": (lib.GGML_TYPE_F32, 4),
             }
             params.type_k = params.type_v = ggml_types[kv_type][0]
-            _check_memory(lib, model, num_slots, max_seq_len, ggml_types[kv_type][1])
+            bytes_per_token = _kv_elements_per_token(lib, model) * ggml_types[kv_type][1]
+            check_cache_memory(
+                bytes_per_token, num_slots, max_seq_len, native.available_memory_bytes()
+            )
             params.offload_kqv = False
             params.op_offload = False
             params.no_perf = True
@@ -275,9 +285,7 @@ class LlamaCppBackend:
         `length(slot)` shows.
         """
         self._check_open()
-        check_slot(self._info, slot)
-        if length < 0:
-            raise BackendError(f"cannot rewind to {length} tokens: give 0 or more")
+        check_rewind(self._info, slot, length)
         if length >= self._lengths[slot]:
             return
         if not self._lib.llama_memory_seq_rm(self._memory, slot, length, -1):
@@ -433,16 +441,15 @@ def _check_sizes(
     max_batch_len: int,
     micro_batch_len: int,
 ) -> None:
-    limits = {
-        "num_slots": (num_slots, 1, 64),
-        "max_seq_len": (max_seq_len, 1, 1 << 20),
-        "num_threads": (num_threads or 1, 1, 512),
-        "max_batch_len": (max_batch_len, 1, 1 << 16),
-        "micro_batch_len": (micro_batch_len, 1, 1 << 16),
-    }
-    for name, (value, low, high) in limits.items():
-        if not low <= value <= high:
-            raise ConfigError(f"{name} is {value}: it must be a whole number, {low} to {high}")
+    check_sizes(
+        {
+            "num_slots": (num_slots, 64),
+            "max_seq_len": (max_seq_len, 1 << 20),
+            "num_threads": (num_threads or 1, 512),
+            "max_batch_len": (max_batch_len, 1 << 16),
+            "micro_batch_len": (micro_batch_len, 1 << 16),
+        }
+    )
     if max_batch_len < num_slots:
         raise ConfigError(
             f"max_batch_len is {max_batch_len}: it must be at least the {num_slots} slots, so "
@@ -505,19 +512,6 @@ def _check_model(lib: Any, model: Any, path: Path) -> None:
     if lib.llama_model_has_encoder(model) or not lib.llama_model_has_decoder(model):
         raise UnsupportedModelError(
             f"{path} is not a decoder-only model: give one that completes text"
-        )
-
-
-def _check_memory(
-    lib: Any, model: Any, num_slots: int, max_seq_len: int, bytes_per_element: int
-) -> None:
-    """Refuse caches that would make the system kill a process: memory is promised, not reserved."""
-    needed = _kv_elements_per_token(lib, model) * bytes_per_element * max_seq_len * num_slots
-    available = native.available_memory_bytes()
-    if available is not None and needed > available:
-        raise BackendError(
-            f"KV caches for {num_slots} slots of {max_seq_len} tokens need {needed / 2**30:.1f} "
-            f"GiB and {available / 2**30:.1f} GiB of memory are free: lower --slots or --ctx"
         )
 
 

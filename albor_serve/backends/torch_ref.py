@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from albor_serve.backends.base import Aborted, BackendInfo, ExtendStep, LogitRows
-from albor_serve.backends.checks import check_fork, check_slot, check_steps
+from albor_serve.backends.checks import check_fork, check_rewind, check_slot, check_steps
 from albor_serve.config import ModelConfig
 from albor_serve.errors import BackendError
 from albor_serve.model import Decoder, KVCache, load_decoder
@@ -75,9 +75,7 @@ class TorchReferenceBackend:
     def rewind(self, slot: int, length: int) -> None:
         """Drop the slot's cache beyond its first `length` tokens (0 empties it)."""
         self._open_model()
-        check_slot(self._info, slot)
-        if length < 0:
-            raise BackendError(f"cannot rewind to {length} tokens: give 0 or more")
+        check_rewind(self._info, slot, length)
         self._caches[slot].length = min(length, self._caches[slot].length)
 
     def fork(self, src: int, dst: int, length: int) -> None:

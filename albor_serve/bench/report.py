@@ -16,7 +16,14 @@ from albor_serve.bench.decode import DecodeSettings, EngineFigures, ModelFigures
 from albor_serve.bench.machine import Machine
 from albor_serve.errors import ConfigError
 
-__all__ = ["decode_json", "plot_decode", "print_decode", "write_text"]
+__all__ = [
+    "decode_json",
+    "load_pyplot",
+    "plot_decode",
+    "print_decode",
+    "save_figure",
+    "write_text",
+]
 
 OURS: Final = "albor"
 FOREIGN_LIMIT: Final = 0.1
@@ -138,15 +145,7 @@ def plot_decode(path: Path, machine: Machine, models: Sequence[ModelFigures]) ->
     Raises:
         ConfigError: matplotlib is missing or does not know the file's ending.
     """
-    try:
-        import matplotlib as mpl
-
-        mpl.use("agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ConfigError(
-            "--plot needs matplotlib: pip install 'albor[bench]', or leave it out"
-        ) from error
+    pyplot = load_pyplot()
     num_bars = max(len(model.engines) for model in models)
     figure, axes = pyplot.subplots(
         1, len(models), figsize=(4.2 * len(models) + 0.4, 0.3 * num_bars + 1.4), squeeze=False
@@ -164,10 +163,37 @@ def plot_decode(path: Path, machine: Machine, models: Sequence[ModelFigures]) ->
         axis.tick_params(axis="y", labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle("dashed: weights read once at the measured bandwidth", fontsize=8)
+    save_figure(path, figure)
+
+
+def load_pyplot() -> Any:
+    """Matplotlib's pyplot, for files alone.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import matplotlib as mpl
+
+        mpl.use("agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ConfigError(
+            "--plot needs matplotlib: pip install 'albor[bench]', or leave it out"
+        ) from error
+    return pyplot
+
+
+def save_figure(path: Path, figure: Any) -> None:
+    """Write a figure of `load_pyplot` and close it.
+
+    Raises:
+        ConfigError: matplotlib does not know the file's ending.
+    """
     figure.tight_layout()
     try:
         figure.savefig(path, dpi=150)
     except ValueError as error:
         raise ConfigError(f"cannot write a plot to {path.name}: use .png or .svg") from error
     finally:
-        pyplot.close(figure)
+        load_pyplot().close(figure)

@@ -37,11 +37,12 @@ class _Albor:
 
     def __init__(self, path: Path, context: int, threads: int, speculate: bool) -> None:
         from albor_serve.backends.calibrate import calibrate
+        from albor_serve.checkpoint.gguf import open_gguf_checkpoint
         from albor_serve.engine import Engine
         from albor_serve.loader import open_backend
 
         config = EngineConfig(num_slots=1, max_seq_len=context, speculate=speculate)
-        opened = open_backend(path, 1, context, num_threads=threads)
+        opened = open_backend(open_gguf_checkpoint(path), 1, context, num_threads=threads)
         self._engine = Engine(opened.backend, opened.tokenizer, config, calibrate)
         self._engine.start()
 
@@ -81,9 +82,10 @@ class _Backend:
     """albor's CPU backend alone, without the engine."""
 
     def __init__(self, path: Path, context: int, threads: int) -> None:
+        from albor_serve.checkpoint.gguf import open_gguf_checkpoint
         from albor_serve.loader import open_backend
 
-        opened = open_backend(path, 1, context, num_threads=threads)
+        opened = open_backend(open_gguf_checkpoint(path), 1, context, num_threads=threads)
         self._backend, self._tokenizer = opened.backend, opened.tokenizer
 
     def generate(self, tokens: list[int], num_new: int, *, fresh: bool) -> Run:

@@ -80,6 +80,10 @@ class GgufCheckpoint:
         """See base.Checkpoint."""
         return self._shapes[name]
 
+    def tensor_format(self, name: str) -> str:
+        """How one tensor is stored, such as "Q4_0"; reads none of it. KeyError if not listed."""
+        return self.header.tensors[gguf_name(name)].type
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> FloatArray:
         """See base.Checkpoint."""
         stored = self.quantized(name)

@@ -11,7 +11,8 @@ import pytest
 
 from albor_serve.backends.base import Aborted, Backend, ExtendStep, LogitRows
 from albor_serve.backends.cpu import CpuBackend, rope_tables, unsupported
-from albor_serve.checkpoint import Checkpoint, open_checkpoint
+from albor_serve.checkpoint import GgufCheckpoint
+from albor_serve.checkpoint.gguf import open_gguf_checkpoint
 from albor_serve.config import ModelConfig
 from albor_serve.errors import BackendError, ConfigError
 from albor_serve.kernels import cpu_decode
@@ -39,12 +40,16 @@ HERE = [
 pytestmark = pytest.mark.skipif(not HERE, reason="this processor has no AVX2")
 
 
-def open_tiny(folder: Path, file_type: Any, arch: Any = "qwen3", **overrides: Any) -> Checkpoint:
+def open_tiny(
+    folder: Path, file_type: Any, arch: Any = "qwen3", **overrides: Any
+) -> GgufCheckpoint:
     config, weights = tiny_model(arch, seed=3, **overrides)
-    return open_checkpoint(save_gguf(folder / "tiny.gguf", config, weights, file_type=file_type))
+    return open_gguf_checkpoint(
+        save_gguf(folder / "tiny.gguf", config, weights, file_type=file_type)
+    )
 
 
-def reference(checkpoint: Checkpoint, tokens: list[int], **options: Any) -> LogitRows:
+def reference(checkpoint: GgufCheckpoint, tokens: list[int], **options: Any) -> LogitRows:
     config = checkpoint.config
     cos, sin = rope_tables(config.rope, config.head_dim, MAX_SEQ_LEN)
     return reference_logits(config, cos, sin, checkpoint.read, tokens, **options)  # type: ignore[return-value]

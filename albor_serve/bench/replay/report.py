@@ -13,7 +13,7 @@ from rich.table import Table
 from albor_serve.bench.machine import Machine
 from albor_serve.bench.replay.measure import ClientFigures
 from albor_serve.bench.replay.run import ReplaySettings
-from albor_serve.errors import ConfigError
+from albor_serve.bench.report import load_pyplot, save_figure
 
 __all__ = ["best_peer", "plot_replay", "print_replay", "replay_json"]
 
@@ -139,15 +139,7 @@ def plot_replay(path: Path, figures: Sequence[ClientFigures]) -> None:
     Raises:
         ConfigError: matplotlib is missing or does not know the file's ending.
     """
-    try:
-        import matplotlib as mpl
-
-        mpl.use("agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ConfigError(
-            "--plot needs matplotlib: pip install 'albor[bench]', or leave it out"
-        ) from error
+    pyplot = load_pyplot()
     figure, (curves, bars) = pyplot.subplots(
         1, 2, figsize=(11, 4), gridspec_kw={"width_ratios": [2, 1]}
     )
@@ -174,10 +166,4 @@ def plot_replay(path: Path, figures: Sequence[ClientFigures]) -> None:
     bars.tick_params(axis="y", labelsize=8)
     for axis in (curves, bars):
         axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:
-        raise ConfigError(f"cannot write a plot to {path.name}: use .png or .svg") from error
-    finally:
-        pyplot.close(figure)
+    save_figure(path, figure)
