@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -15,6 +15,10 @@ from albor_serve.kernels.layout import TILE_COLS, TILE_ROWS
 from albor_serve.kernels.weights import DecodeWeights
 
 __all__ = ["DecodePlan", "GpuDecoder", "plan_for"]
+
+
+NO_CANDIDATE: Final = 0xFFFFFF << 8
+"""A `steps.candidate` of token 0: what feedback reads before any step has written a best."""
 
 
 def _power_of_two(n: int) -> int:
@@ -111,7 +115,7 @@ class GpuDecoder:
         self._attention = torch.zeros(heads * c.head_dim, dtype=torch.float32, device=device)
         self._lse = torch.zeros(heads * 4, dtype=torch.float32, device=device)
         self._act = torch.zeros(8, c.intermediate_size, dtype=torch.float32, device=device)
-        self.best = torch.zeros(1024, 8, dtype=torch.int64, device=device)
+        self.best = torch.full((1024, 8), NO_CANDIDATE, dtype=torch.int64, device=device)
         """int64 [programs, 8]: each head program's best token (`steps.candidate`)."""
 
     def step(self, plan: DecodePlan, *, feedback: bool = False, store_logits: bool = True) -> None:
