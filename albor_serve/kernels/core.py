@@ -21,6 +21,7 @@ __all__ = [
     "add_weighted",
     "across_warps",
     "column_of",
+    "from_warp_0",
     "load_partials",
     "load_tile",
     "load_x",
@@ -83,8 +84,8 @@ def _mma_asm(*, one_token: bool) -> str:
     return "\n".join(lines)
 
 
-SUM_BYTES = 16384
-"""Shared memory that `across_warps` has: bands times warps times 512 bytes must fit."""
+SUM_BYTES = 24576
+"""Shared memory that `across_warps` has: (bands + 1) · warps · 512 bytes must fit."""
 
 _BASE = f"{{ .shared .align 16 .b8 sums[{SUM_BYTES}]; mov.b32 $0, sums; }}"
 
@@ -393,23 +394,30 @@ def add_lanes(x, MAX: tl.constexpr, MP: tl.constexpr, ASM: tl.constexpr, W: tl.c
 
 @jit()
 def load_partials(p_ptr, e, PB: tl.constexpr, M: tl.constexpr, W: tl.constexpr):
-    """Each thread's part of p [8, PB], for `sum_partials`: float32 [4 T]."""
+    """Each thread's part of p [8, PB], for `sum_partials`: float32 [4 T], zero but in warp 0.
+
+    One warp only: all programs read these few lines at once, and the cache serves a line to one
+    reader after the other.
+    """
     x = tl.zeros([W * 128], tl.float32)
     if M == 1:
         for k in tl.static_range((PB + 127) // 128):
             at = e % 128 + k * 128
-            x += tl.load(p_ptr + at, mask=at < PB, other=0.0)
+            x += tl.load(p_ptr + at, mask=(at < PB) & (e < 128), other=0.0)
     else:
         token = tl.minimum(e // 4 % 4 * 2 + e % 2, M - 1)
         for k in tl.static_range((PB + 7) // 8):
             at = e // 16 % 8 + k * 8
-            x += tl.load(p_ptr + token * PB + at, mask=at < PB, other=0.0)
+            x += tl.load(p_ptr + token * PB + at, mask=(at < PB) & (e < 128), other=0.0)
     return x
 
 
 @jit()
 def sum_partials(x, M: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr):
-    """Sum over the last axis of `load_partials`' table, for the token of each result column."""
+    """Sum over the last axis of `load_partials`' table, for the token of each result column.
+
+    Right in warp 0 only.
+    """
     if ASM:
         code: tl.constexpr = TOTAL if M == 1 else ROWS_MANY
         out = tl.inline_asm_elementwise(code, FOUR_F, [x], dtype=tl.float32, is_pure=True, pack=4)
@@ -424,7 +432,10 @@ def sum_partials(x, M: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr):
 
 @jit()
 def sum_rows(x, MP: tl.constexpr, ASM: tl.constexpr):
-    """Sum of [16 · MP] (row-major: row, token) over the rows: [MP], or for MP = 1 [16], all equal."""
+    """Sum over the rows of x [T], whose element row · MP + token counts for row < 16: [T / ...].
+
+    For MP = 1: [T], right in element 0. Else [MP].
+    """
     if MP == 1:
         if ASM:
             out = tl.inline_asm_elementwise(
@@ -433,7 +444,7 @@ def sum_rows(x, MP: tl.constexpr, ASM: tl.constexpr):
         else:
             out = tl.zeros_like(x) + tl.sum(x, axis=0)
     else:
-        out = tl.sum(tl.reshape(x, [16, MP]), axis=0)
+        out = tl.sum(tl.reshape(x, [x.shape[0] // MP, MP]), axis=0)
     return out
 
 
@@ -457,6 +468,23 @@ def share(base, band, acc, e, ASM: tl.constexpr, W: tl.constexpr):
             is_pure=False,
             pack=4,
         )
+
+
+@jit()
+def from_warp_0(base, slot, x, index, ASM: tl.constexpr, W: tl.constexpr):
+    """Element `index` of what `share` was given as band `slot`, of warp 0 alone."""
+    if ASM:
+        out = tl.inline_asm_elementwise(
+            "ld.shared.f32 $0, [$1];",
+            "=f,r",
+            [base + slot * (W * 512) + index * 4],
+            dtype=tl.float32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        out = tl.gather(x, index, 0)
+    return out
 
 
 @jit()

@@ -200,8 +200,7 @@ class GpuDecoder:
             gate_bands = plan.bands_gate_up
             phases.gate_up_kernel[(ff // 8 // gate_bands,)](
                 w.gate_up[i], words[1], sums[1], inverse[0], inverse[1], self._act,
-                c.rms_norm_eps, F=ff, KT=kt, NB=gate_bands, R=_power_of_two(gate_bands * 8 * padded),
-                MP=padded, **gemv(plan.warps_gate_up),
+                c.rms_norm_eps, F=ff, KT=kt, NB=gate_bands, MP=padded, **gemv(plan.warps_gate_up),
             )  # fmt: skip
             last = i + 1 == c.num_layers
             phases.feed_forward_kernel[(bands,)](
@@ -210,7 +209,7 @@ class GpuDecoder:
                 KT=kt_ff, MP=padded, **gemv(plan.warps_down),
             )  # fmt: skip
         phases.head_kernel[(head_programs,)](
-            w.head, words[0], sums[0], inverse[1], inverse[0], self.logits, self.best,
+            w.head, words[0], sums[0], inverse[1], self.logits, self.best,
             c.rms_norm_eps, head_bands, V=c.vocab_size, KT=kt, STORE=store_logits,
             **gemv(plan.warps_head),
         )  # fmt: skip

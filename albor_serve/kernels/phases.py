@@ -11,6 +11,7 @@ from __future__ import annotations
 from albor_serve.kernels._triton import jit, tl
 from albor_serve.kernels.core import (
     across_warps,
+    from_warp_0,
     load_tile,
     load_x,
     mma_tile,
@@ -20,6 +21,7 @@ from albor_serve.kernels.core import (
     shared_base,
     sum_columns,
     sum_rows,
+    undo_16,
 )
 from albor_serve.kernels.steps import (
     attend_many,
@@ -27,7 +29,7 @@ from albor_serve.kernels.steps import (
     candidate,
     candidate_index,
     embed_at,
-    factor,
+    inverse_rms,
     load_attention,
     load_bands,
     load_inputs,
@@ -104,6 +106,18 @@ def embed_kernel(w_ptr, g_ptr, keys_ptr, tokens_ptr, pos_ptr, out_ptr, cos_ptr, 
 
 
 @jit()
+def _scale(base, slot, inverse, last, inverse_ptr, row, token, ok, first, ASM: tl.constexpr,
+           W: tl.constexpr):  # fmt: skip
+    """What a product with x is to be multiplied with to be one with RMSNorm(h), for each element.
+
+    The `first` program also stores the inverse for the next user.
+    """
+    new = from_warp_0(base, slot, inverse, result_index(0, token), ASM, W)
+    tl.store(inverse_ptr + token, new, mask=ok & (row == 0) & first)
+    return new / last
+
+
+@jit()
 def qkv_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, qkv_ptr, eps, N: tl.constexpr,
                KT: tl.constexpr, PB: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
                STREAM: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
@@ -117,15 +131,20 @@ def qkv_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, qkv_ptr, eps, N: t
     tiles = load_bands(w_ptr, band, KT, 1, STREAM, e, W)
     _wait(PDL)
     xs = load_inputs(x_ptr, e, KT, M, W)
-    scale, zero = factor(sums_ptr, last_ptr, inverse_ptr, e, eps, KT * 128, PB, M, band == 0, ASM, W)
-    acc = product(tiles, xs, zero, 0, KPW, M > 1, ASM, W) * scale
-    share(base, 0, acc, e, ASM, W)
-    tl.debug_barrier()
-    c = tl.arange(0, 16 * MP)
-    row = c // MP
+    c = tl.arange(0, W * 32)
+    row = c // MP % 16
     token = c % MP
+    ok = (c < 16 * MP) & (token < M)
+    last = tl.load(last_ptr + token, mask=ok, other=1.0)
+    inverse, zero = inverse_rms(sums_ptr, e, eps, KT * 128, PB, M, ASM, W)
+    acc = product(tiles, xs, zero, 0, KPW, M > 1, ASM, W)
+    share(base, 0, acc, e, ASM, W)
+    share(base, 1, inverse, e, ASM, W)
+    tl.debug_barrier()
     y = across_warps(base, (acc,), c * 0, result_index(row, token), ASM, W)
-    tl.store(qkv_ptr + token * N + band * 16 + row, y, mask=token < M)
+    scale = _scale(base, 1, inverse, last, inverse_ptr, row, token, ok, band == 0, ASM, W)
+    y = y * tl.where(row < 8, scale, scale * 0.0625)
+    tl.store(qkv_ptr + token * N + band * 16 + row, y, mask=ok)
 
 
 @jit()
@@ -178,14 +197,15 @@ def attention_kernel(qkv_ptr, k_ptr, v_ptr, rope_ptr, qn_ptr, kn_ptr, att_ptr, l
 
 @jit()
 def _load_residual(h_ptr, g_ptr, scale_ptr, band, N: tl.constexpr, M: tl.constexpr,
-                   MP: tl.constexpr):  # fmt: skip
-    """What `_finish` needs of a band: h, gain and scale [16 · MP], rows before tokens."""
-    c = tl.arange(0, 16 * MP)
-    row = c // MP
-    token = tl.minimum(c % MP, M - 1)
-    h = tl.load(h_ptr + token * N + band * 16 + row)
-    gain = tl.load(g_ptr + band * 16 + row)
-    return h, gain, tl.load(scale_ptr + token)
+                   MP: tl.constexpr, W: tl.constexpr):  # fmt: skip
+    """What `_finish` needs of a band: h, gain and scale [T], rows before tokens."""
+    c = tl.arange(0, W * 32)
+    row = c // MP % 16
+    token = c % MP
+    ok = (c < 16 * MP) & (token < M)
+    h = tl.load(h_ptr + token * N + band * 16 + row, mask=ok, other=0.0)
+    gain = tl.load(g_ptr + band * 16 + row, mask=ok, other=0.0)
+    return h, gain, tl.load(scale_ptr + token, mask=ok, other=0.0)
 
 
 @jit()
@@ -193,18 +213,18 @@ def _finish(base, acc, residual, out_ptr, x_ptr, sums_ptr, band, N: tl.constexpr
             PB: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, ASM: tl.constexpr,
             W: tl.constexpr):  # fmt: skip
     """Add up a band's shared results, add them to h; write it, its x and its sum of squares."""
-    c = tl.arange(0, 16 * MP)
-    row = c // MP
+    c = tl.arange(0, W * 32)
+    row = c // MP % 16
     token = c % MP
+    ok = (c < 16 * MP) & (token < M)
     y = across_warps(base, (acc,), c * 0, result_index(row, token), ASM, W)
     h = residual[0] + tl.where(row < 8, y, y * 0.0625)
-    ok = token < M
     at = token * N + band * 16 + row
     tl.store(x_ptr + at, (h * residual[1] * residual[2]).to(tl.float16), mask=ok)
     tl.store(out_ptr + at, h, mask=ok)
     total = sum_rows(tl.where(ok, h * h, 0.0), MP, ASM)
     if MP == 1:
-        tl.store(sums_ptr + band + row * 0, total, mask=row == 0)
+        tl.store(sums_ptr + band + c * 0, total, mask=c == 0)
     else:
         t = tl.arange(0, MP)
         tl.store(sums_ptr + t * PB + band, total, mask=t < M)
@@ -224,7 +244,7 @@ def output_kernel(w_ptr, att_ptr, lse_ptr, h_ptr, out_ptr, g_ptr, scale_ptr, x_p
     base = shared_base(ASM)
     tiles = load_bands(w_ptr, band, KT, 1, STREAM, e, W)
     _wait(PDL)
-    residual = _load_residual(h_ptr, g_ptr, scale_ptr, band, N, M, MP)
+    residual = _load_residual(h_ptr, g_ptr, scale_ptr, band, N, M, MP, W)
     xs, zero = load_attention(att_ptr, lse_ptr, e, KT, M, MP, H, D, S, ASM, W)
     acc = sum_columns(product(tiles, xs, zero, 0, KPW, True, ASM, W), MP, ASM, W)
     share(base, 0, acc, e, ASM, W)
@@ -234,12 +254,12 @@ def output_kernel(w_ptr, att_ptr, lse_ptr, h_ptr, out_ptr, g_ptr, scale_ptr, x_p
 
 @jit()
 def gate_up_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, act_ptr, eps, F: tl.constexpr,
-                   KT: tl.constexpr, NB: tl.constexpr, R: tl.constexpr, PB: tl.constexpr,
+                   KT: tl.constexpr, NB: tl.constexpr, PB: tl.constexpr,
                    M: tl.constexpr, MP: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr,
                    ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """Act = SiLU(gate) · up of RMSNorm(h): NB bands of 8 channels for each program.
 
-    NB divides the number of bands; R is NB · 8 · MP, rounded up to a power of two.
+    NB divides the number of bands, and NB · 8 · MP is at most the number of threads.
     """
     _start(PDL)
     band = tl.program_id(0) * NB
@@ -249,22 +269,26 @@ def gate_up_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, act_ptr, eps, 
     tiles = load_bands(w_ptr, band, KT, NB, STREAM, e, W)
     _wait(PDL)
     xs = load_inputs(x_ptr, e, KT, M, W)
-    scale, zero = factor(sums_ptr, last_ptr, inverse_ptr, e, eps, KT * 128, PB, M, band == 0, ASM, W)
-    accs = ()
-    for b in tl.static_range(NB):
-        acc = product(tiles, xs, zero, b, KPW, M > 1, ASM, W) * scale
-        share(base, b, acc, e, ASM, W)
-        accs = accs + (acc,)  # noqa: RUF005
-    tl.debug_barrier()
-    c = tl.arange(0, R)
-    ok = c < NB * 8 * MP
-    b = tl.where(ok, c // (8 * MP), 0)
+    c = tl.arange(0, W * 32)
+    which = tl.minimum(c // (8 * MP), NB - 1)
     row = c // MP % 8
     token = c % MP
-    gate = across_warps(base, accs, b, result_index(row, token), ASM, W)
-    up = across_warps(base, accs, b, result_index(row + 8, token), ASM, W)
-    act = (silu(gate) * up).to(tl.float16)
-    tl.store(act_ptr + token * F + (band + b) * 8 + row, act, mask=ok & (token < M))
+    ok = (c < NB * 8 * MP) & (token < M)
+    last = tl.load(last_ptr + token, mask=ok, other=1.0)
+    inverse, zero = inverse_rms(sums_ptr, e, eps, KT * 128, PB, M, ASM, W)
+    accs = ()
+    for b in tl.static_range(NB):
+        acc = product(tiles, xs, zero, b, KPW, M > 1, ASM, W)
+        share(base, b, acc, e, ASM, W)
+        accs = accs + (acc,)  # noqa: RUF005
+    share(base, NB, inverse, e, ASM, W)
+    tl.debug_barrier()
+    gate = across_warps(base, accs, which, result_index(row, token), ASM, W)
+    up = across_warps(base, accs, which, result_index(row + 8, token), ASM, W)
+    scale = _scale(base, NB, inverse, last, inverse_ptr, row, token, ok, (band == 0) & (which == 0),
+                   ASM, W)  # fmt: skip
+    act = (silu(gate * scale) * (up * (scale * 0.0625))).to(tl.float16)
+    tl.store(act_ptr + token * F + (band + which) * 8 + row, act, mask=ok)
 
 
 @jit()
@@ -280,7 +304,7 @@ def feed_forward_kernel(w_ptr, act_ptr, h_ptr, out_ptr, g_ptr, scale_ptr, x_ptr,
     base = shared_base(ASM)
     tiles = load_bands(w_ptr, band, KT, 1, STREAM, e, W)
     _wait(PDL)
-    residual = _load_residual(h_ptr, g_ptr, scale_ptr, band, N, M, MP)
+    residual = _load_residual(h_ptr, g_ptr, scale_ptr, band, N, M, MP, W)
     xs = load_inputs(act_ptr, e, KT, M, W)
     zero = settle(ASM)
     acc = product(tiles, xs, zero, 0, KPW, M > 1, ASM, W)
@@ -290,7 +314,7 @@ def feed_forward_kernel(w_ptr, act_ptr, h_ptr, out_ptr, g_ptr, scale_ptr, x_ptr,
 
 
 @jit()
-def head_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, logits_ptr, keys_ptr, eps, num_bands,
+def head_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, logits_ptr, keys_ptr, eps, num_bands,
                 V: tl.constexpr, KT: tl.constexpr, PB: tl.constexpr, M: tl.constexpr,
                 STORE: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
                 W: tl.constexpr):  # fmt: skip
@@ -300,6 +324,7 @@ def head_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, logits_ptr, keys_
     """
     _start(PDL)
     e = tl.arange(0, W * 128)
+    base = shared_base(ASM)
     band = tl.program_id(0) * W + e // 128
     on = band < num_bands
     row_of_tiles = tl.where(on, band, 0) * KT
@@ -309,7 +334,13 @@ def head_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, logits_ptr, keys_
         tiles = tiles + load_tile(w_ptr, row_of_tiles + k, e, STREAM)  # noqa: RUF005
     _wait(PDL)
     xs = load_x(x_ptr, 0, e, KT, M)
-    scale, zero = factor(sums_ptr, last_ptr, inverse_ptr, e, eps, KT * 128, PB, M, False, ASM, W)
+    token = e // 4 % 4 * 2 + e % 2
+    if M == 1:
+        last = tl.load(last_ptr)
+    else:
+        last = tl.load(last_ptr + tl.minimum(token, M - 1))
+    inverse, zero = inverse_rms(sums_ptr, e, eps, KT * 128, PB, M, ASM, W)
+    share(base, 0, inverse, e, ASM, W)
     acc = tl.zeros([W * 128], tl.float32)
     for k in tl.static_range(KT):
         if k + AHEAD < KT:
@@ -318,9 +349,10 @@ def head_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, logits_ptr, keys_
             xs = load_x(x_ptr, k, e, KT, M)
         acc = mma_tile(tiles[3 * k], tiles[3 * k + 1], tiles[3 * k + 2], xs, acc, zero, M > 1,
                        ASM, W)  # fmt: skip
-    y = acc * scale
+    tl.debug_barrier()
+    new = from_warp_0(base, 0, inverse, result_index(0, token), ASM, W)
+    y = acc * (new / last) * undo_16(e)
     row = band * 16 + e // 16 % 8 + e // 2 % 2 * 8
-    token = e // 4 % 4 * 2 + e % 2
     ok = on & (row < V)
     if STORE:
         tl.store(logits_ptr + token * V + row, y, mask=ok & (token < M))

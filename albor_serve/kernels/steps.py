@@ -4,8 +4,7 @@
 Buffers: h [M, d] float32, the residual stream; x [M, d] float16, h times the next norm's gain times
 1 / (the last norm's root mean square), so that it has about the size of the normalised h; sums
 [8, PB] float32, what each band of 16 adds to a token's sum of squares; inverse [8] float32, 1 / (root
-mean square). A product with x then only needs the factor (new inverse) / (last inverse) (`factor`),
-and no program has to see the whole of h before it can multiply. qkv [M, (H + 2 H_kv) D] float32;
+mean square). A product with x then only needs the factor (new inverse) / (last inverse), and no program has to see the whole of h before it can multiply. qkv [M, (H + 2 H_kv) D] float32;
 att [S, M, H D] float16, each split's normalised attention output, with lse [S, M, H, 4] float32,
 log2 of its weight, four times; act [M, F] float16. Keys and values: float16 [H_kv, max_seq_len, D]
 of one layer. rope [8, 2, D / 2] float32: cosines and sines of each token's position.
@@ -27,7 +26,6 @@ from albor_serve.kernels.core import (
     mma_tile,
     settle,
     sum_partials,
-    undo_16,
 )
 
 
@@ -83,24 +81,15 @@ def product(tiles, xs, zero, BAND: tl.constexpr, KPW: tl.constexpr, MANY: tl.con
 
 
 @jit()
-def factor(sums_ptr, last_ptr, inverse_ptr, e, eps, K: tl.constexpr, PB: tl.constexpr,
-           M: tl.constexpr, WRITE, ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
-    """What a product with x is to be multiplied with to be one with RMSNorm(h), [4 T], and
-    a zero from `settle`, which waits for the loads before as well.
+def inverse_rms(sums_ptr, e, eps, K: tl.constexpr, PB: tl.constexpr, M: tl.constexpr,
+                ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
+    """1 / (root mean square of h) for the token of each result column: [4 T], right in warp 0.
 
-    RMSNorm: Zhang and Sennrich 2019. Where WRITE, also stores the inverse [8] for the next user.
-    Includes `undo_16`.
+    RMSNorm: Zhang and Sennrich 2019. Also a zero from `settle`, for which the loads before count.
     """
-    token = e // 4 % 4 * 2 + e % 2
-    if M == 1:
-        last = tl.load(last_ptr)
-    else:
-        last = tl.load(last_ptr + tl.minimum(token, M - 1))
     x = load_partials(sums_ptr, e, PB, M, W)
     zero = settle(ASM)
-    inverse = tl.rsqrt(sum_partials(x, M, ASM, W) / K + eps)
-    tl.store(inverse_ptr + token, inverse, mask=(e < 16) & (e % 4 < 2) & (token < M) & WRITE)
-    return inverse / last * undo_16(e), zero
+    return tl.rsqrt(sum_partials(x, M, ASM, W) / K + eps), zero
 
 
 @jit()
