@@ -17,9 +17,9 @@ from albor_serve.kernels._triton import jit, tl
 
 __all__ = [
     "SUM_BYTES",
+    "across_warps",
     "add_lanes",
     "add_weighted",
-    "across_warps",
     "column_of",
     "from_warp_0",
     "load_partials",
@@ -128,9 +128,7 @@ def _lanes_asm(operation: str, distances: list[int], *, width: int = 4, fold: bo
 def _total_asm() -> str:
     """PTX that adds up the 128 values of a warp; every element gets the sum."""
     lines = ["{", ".reg .f32 a, b, t;", "add.f32 a, $4, $5; add.f32 b, $6, $7; add.f32 a, a, b;"]
-    lines += [
-        f"shfl.sync.bfly.b32 t, a, {d}, 31, -1; add.f32 a, a, t;" for d in (16, 8, 4, 2, 1)
-    ]
+    lines += [f"shfl.sync.bfly.b32 t, a, {d}, 31, -1; add.f32 a, a, t;" for d in (16, 8, 4, 2, 1)]
     return "\n".join([*lines, *(f"mov.f32 ${i}, a;" for i in range(4)), "}"])
 
 
@@ -183,9 +181,7 @@ def settle(ASM: tl.constexpr):
     not move them behind a barrier, nor what depends on the barrier's result before it.
     """
     if ASM:
-        bits = tl.inline_asm_elementwise(
-            SETTLE, "=r", [], dtype=tl.int32, is_pure=False, pack=1
-        )
+        bits = tl.inline_asm_elementwise(SETTLE, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
         zero = bits.to(tl.float32, bitcast=True)
     else:
         zero = 0.0

@@ -61,29 +61,36 @@ def plan_for(
     weights: DecodeWeights,
     *,
     num_tokens: int = 1,
-    num_splits: int = 8,
+    num_parts: int = 16,
     num_programs: int = 128,
     cache_bytes: int = 40 << 20,
     pdl: bool = False,
 ) -> DecodePlan:
     """A plan that spreads each step over about `num_programs` programs.
 
+    `num_parts` is how many parts a head's positions are cut into.
+
     Raises:
         ConfigError: num_tokens is not 1 to 8.
     """
     if not 1 <= num_tokens <= 8:
         raise ConfigError(f"num_tokens is {num_tokens}: the kernels compute 1 to 8 at once")
-    gate_bands = weights.config.intermediate_size // 8
+    config = weights.config
+    gate_bands = config.intermediate_size // 8
+    warps_attention = 4
+    group = _power_of_two(config.num_heads // config.num_kv_heads)
+    # For one token a program of several warps makes several parts of a small group of heads.
+    parts_each = max(1, warps_attention // group) if num_tokens == 1 else 1
     return DecodePlan(
         num_tokens=num_tokens,
-        num_splits=num_splits,
+        num_splits=max(1, num_parts // parts_each),
         positions=64,
-        rows_per_lane=8,
-        bands_gate_up=_divisor_up_to(gate_bands, min(4, max(1, gate_bands // num_programs))),
-        warps_qkv=8,
-        warps_attention=4,
-        warps_output=8,
-        warps_gate_up=8,
+        rows_per_lane=4,
+        bands_gate_up=_divisor_up_to(gate_bands, max(1, min(4, gate_bands // num_programs) // 2)),
+        warps_qkv=4 if num_tokens == 1 else 8,
+        warps_attention=warps_attention,
+        warps_output=4 if num_tokens == 1 else 8,
+        warps_gate_up=4 if num_tokens == 1 else 8,
         warps_down=8,
         warps_head=8,
         stream=weights.bytes_per_token > cache_bytes,
@@ -218,6 +225,12 @@ class GpuDecoder:
         """Launch one layer's attention; returns the number of partial outputs it leaves."""
         w, c = self.weights, self.weights.config
         group = _power_of_two(c.num_heads // c.num_kv_heads)
+        query_rows = max(group, plan.warps_attention)
+        num_parts = plan.num_splits * (query_rows // group if plan.num_tokens == 1 else 1)
+        if num_parts > _MAX_SPLITS:
+            raise ConfigError(
+                f"the plan cuts a head's positions into {num_parts} parts: {_MAX_SPLITS} at most"
+            )
         buffers = (
             self._qkv, self.keys[layer], self.values[layer], self._rope, w.query_gain[layer],
             w.key_gain[layer], self._attention, self._lse, self.position, self.max_seq_len,
@@ -237,13 +250,17 @@ class GpuDecoder:
             phases.attention_kernel[grid](
                 *buffers, M=plan.num_tokens, RP=rows, P=plan.positions, **shape, **launch
             )
-            return plan.num_splits
-        query_rows = max(group, plan.warps_attention)
+            return num_parts
         phases.attention_one_kernel[grid](
-            *buffers, QH=query_rows, RL=512 // c.head_dim, NR=plan.rows_per_lane, ASM=plan.asm,
-            **shape, **launch,
+            *buffers,
+            QH=query_rows,
+            RL=512 // c.head_dim,
+            NR=plan.rows_per_lane,
+            ASM=plan.asm,
+            **shape,
+            **launch,
         )
-        return plan.num_splits * (query_rows // group)
+        return num_parts
 
     def capture(
         self, plan: DecodePlan, *, feedback: bool, num_steps: int = 1, store_logits: bool = False

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,no-any-return"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,no-any-return,assignment"
 """Each step of `steps` as a kernel of its own, for a CUDA graph.
 
 With PDL (programmatic dependent launch, Hopper and later) a kernel starts while the one before it
@@ -328,10 +328,10 @@ def head_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, logits_ptr, keys_ptr, eps, num
     band = tl.program_id(0) * W + e // 128
     on = band < num_bands
     row_of_tiles = tl.where(on, band, 0) * KT
-    AHEAD: tl.constexpr = KT if KT < 4 else 4
+    AHEAD: tl.constexpr = min(4, KT)
     tiles = ()
     for k in tl.static_range(AHEAD):
-        tiles = tiles + load_tile(w_ptr, row_of_tiles + k, e, STREAM)  # noqa: RUF005
+        tiles = tiles + load_tile(w_ptr, row_of_tiles + k, e, STREAM)
     _wait(PDL)
     xs = load_x(x_ptr, 0, e, KT, M)
     token = e // 4 % 4 * 2 + e % 2
@@ -344,7 +344,7 @@ def head_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, logits_ptr, keys_ptr, eps, num
     acc = tl.zeros([W * 128], tl.float32)
     for k in tl.static_range(KT):
         if k + AHEAD < KT:
-            tiles = tiles + load_tile(w_ptr, row_of_tiles + k + AHEAD, e, STREAM)  # noqa: RUF005
+            tiles = tiles + load_tile(w_ptr, row_of_tiles + k + AHEAD, e, STREAM)
         if k > 0:
             xs = load_x(x_ptr, k, e, KT, M)
         acc = mma_tile(tiles[3 * k], tiles[3 * k + 1], tiles[3 * k + 2], xs, acc, zero, M > 1,

@@ -1,10 +1,12 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,no-any-return,assignment,misc,no-redef"
+# mypy: disable-error-code="var-annotated"
 """The steps of one decoder layer as device functions; `phases` makes kernels of them.
 
-Buffers: h [M, d] float32, the residual stream; x [M, d] float16, h times the next norm's gain times
-1 / (the last norm's root mean square), so that it has about the size of the normalised h; sums
-[8, PB] float32, what each band of 16 adds to a token's sum of squares; inverse [8] float32, 1 / (root
-mean square). A product with x then only needs the factor (new inverse) / (last inverse), and no program has to see the whole of h before it can multiply. qkv [M, (H + 2 H_kv) D] float32;
+Buffers: h [M, d] float32, the residual stream; x [M, d] float16, h times the next norm's gain
+times 1 / (the last norm's root mean square), so that it has about the size of the normalised h;
+sums [8, PB] float32, what each band of 16 adds to a token's sum of squares; inverse [8] float32,
+1 / (root mean square). A product with x then only needs the factor (new inverse) / (last inverse),
+and no program has to see the whole of h before it can multiply. qkv [M, (H + 2 H_kv) D] float32;
 att [S, M, H D] float16, each split's normalised attention output, with lse [S, M, H, 4] float32,
 log2 of its weight, four times; act [M, F] float16. Keys and values: float16 [H_kv, max_seq_len, D]
 of one layer. rope [8, 2, D / 2] float32: cosines and sines of each token's position.
@@ -171,7 +173,8 @@ def load_rows(k_ptr, v_ptr, first, r, d2, limit, D: tl.constexpr, RL: tl.constex
 @jit()
 def attend_rows(rows, first, r, limit, q_low, q_high, top, weight, o_low, o_high,
                 RL: tl.constexpr, NR: tl.constexpr):  # fmt: skip
-    """Take `load_rows`' positions below `limit` into the running softmax (Milakov, Gimelshein 2018).
+    """Take `load_rows`' positions below `limit` into the running softmax (Milakov and
+    Gimelshein 2018).
 
     top, weight [RL, QH] and o_low, o_high [RL, QH, D / 2] belong to one row of positions each.
     """
@@ -206,9 +209,9 @@ def attend_one(rows, gains, first, qkv_ptr, k_ptr, v_ptr, rope_ptr, att_ptr, lse
     """Attention of one new token over one split of the positions, for one key-value head.
 
     Row i of QH is query head i % GP of the group and part i // GP of the split's positions; each
-    counts as a split of its own in att and lse. rows: `load_rows` of the first positions; gains: those
-    of the query's and the key's norm, two halves each, if QK_NORM. Split 0 also takes in the new position and writes
-    its key and value.
+    counts as a split of its own in att and lse. rows: `load_rows` of the first positions; gains:
+    those of the query's and the key's norm, two halves each, if QK_NORM. Split 0 also takes in the
+    new position and writes its key and value.
     """
     half: tl.constexpr = D // 2
     G: tl.constexpr = H // HKV
@@ -413,8 +416,9 @@ def load_attention(att_ptr, lse_ptr, e, KT: tl.constexpr, M: tl.constexpr, MP: t
     """The splits' outputs, weighted, as the B operand: a tuple of 4 · KPW int32 [4 T], and a
     zero from `settle`.
 
-    att_ptr: int32 view of att. Column n holds token n % MP and the splits n // MP, n // MP + 8 / MP,
-    ... summed, so the product's columns of one token must be added up (`sum_columns`).
+    att_ptr: int32 view of att. Column n holds token n % MP and the splits n // MP,
+    n // MP + 8 / MP, ... summed, so the product's columns of one token must be added up
+    (`sum_columns`).
     """
     per_set: tl.constexpr = 8 // MP
     num_sets: tl.constexpr = (S + per_set - 1) // per_set
