@@ -231,10 +231,11 @@ def _serve_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--backend",
-        choices=("auto", "cpu", "llamacpp"),
+        choices=("auto", "cpu", "cuda", "llamacpp"),
         default="auto",
         help="who computes: cpu is albor's own kernels (Q4_0 and Q8_0 of Llama, Qwen2 and Qwen3), "
-        "llamacpp runs everything else (auto: the first where it can)",
+        "cuda its GPU kernels (Q4_0, needs albor[gpu]), llamacpp runs everything else (auto: cpu where "
+        "it is fast, else llamacpp)",
     )
     parser.add_argument(
         "--alias",

@@ -42,8 +42,9 @@ Progress = Callable[[str, float], None]
 """Called with what is being done and how much of it is, 0.0 to 1.0."""
 
 
-BackendChoice = Literal["auto", "cpu", "llamacpp"]
-"""Who computes: albor's own CPU kernels, llama.cpp, or the first where it can."""
+BackendChoice = Literal["auto", "cpu", "cuda", "llamacpp"]
+"""Who computes: albor's own CPU kernels, its GPU kernels, llama.cpp. auto is cpu where that is
+fast, else llamacpp; the GPU is for who asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +83,12 @@ def open_backend(
     """Load a GGUF file into the backend that runs it fastest here.
 
     Raises:
-        ConfigError: `choice` is "cpu" and albor's kernels can't run this model here.
+        ConfigError: `choice` is "cpu" or "cuda" and albor's kernels can't run this model here.
         What LlamaCppBackend.load and CpuBackend raise.
     """
     path = checkpoint.path
+    if choice == "cuda":
+        return _open_cuda(checkpoint, num_slots, max_seq_len, progress)
     # The kernels for AVX2 and AVX-VNNI do not beat llama.cpp yet: they are for who asks.
     if choice == "cpu" or (choice == "auto" and best_instruction_set() == "avx512"):
         reason = unsupported(checkpoint)
@@ -102,6 +105,39 @@ def open_backend(
     # llama.cpp prints "?B" for sizes that it has no name for.
     kind = f"{info.description.replace('?B ', '')}, {info.num_parameters / 1e6:.0f}M parameters"
     return OpenBackend(native, native.tokenizer, kind)
+
+
+def _open_cuda(
+    checkpoint: GgufCheckpoint,
+    num_slots: int,
+    max_seq_len: int,
+    progress: Callable[[float], None] | None,
+) -> OpenBackend:
+    """The GPU kernels, with the vocabulary as llama.cpp reads it."""
+    try:
+        # torch takes seconds to import, so only here.
+        from albor_serve.backends import cuda
+    except ImportError as error:
+        raise ConfigError(
+            "--backend cuda needs torch and Triton: pip install 'albor[gpu]'"
+        ) from error
+    reason = cuda.unsupported(checkpoint)
+    if reason is not None:
+        raise ConfigError(
+            f"the GPU kernels can't run {checkpoint.path.name} here: {reason}; leave out "
+            "--backend cuda"
+        )
+    vocabulary = LlamaCppVocabulary(checkpoint.path)
+    try:
+        backend = cuda.CudaBackend.from_gguf(
+            checkpoint, num_slots, max_seq_len, progress, on_close=vocabulary.close
+        )
+    except BaseException:
+        vocabulary.close()
+        raise
+    config = checkpoint.config
+    kind = f"{config.architecture} Q4_0, {config.num_parameters / 1e6:.0f}M parameters"
+    return OpenBackend(backend, vocabulary.tokenizer, kind)
 
 
 def _open_own(
