@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import re
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from albor_serve.api.auth import ApiKeys
+    from albor_serve.api.completion import ServedModel
     from albor_serve.api.server import Ready
-    from albor_serve.loader import LoadedModel
+    from albor_serve.loader import LoadedModel, LoadOptions
+    from albor_serve.model_args import NamedModel
 
 __all__ = ["main"]
 
@@ -31,6 +34,7 @@ examples:
   albor-serve                                   the embedded model on http://127.0.0.1:8080
   albor-serve model.gguf --port 9000            a GGUF file
   albor-serve ~/models/Qwen2.5-Coder-0.5B       a Hugging Face folder (becomes Q4_0 once, cached)
+  albor-serve a.gguf=code b.gguf=text           two models; requests pick one with "model"
   albor-serve convert SRC OUT.gguf              convert without serving; see convert --help
 
 then:
@@ -74,8 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(arguments: list[str]) -> int:
     options = _serve_parser().parse_args(arguments)
     _set_up_logging(options.log_level, options.log_format, log_prompts=options.log_prompts)
-    if any(not name.isprintable() or not name.strip() for name in options.alias):
-        raise ConfigError("--alias is empty or not printable: give a name such as code")
     if options.threads is not None and options.threads < 1:
         raise ConfigError(f"--threads is {options.threads}: it must be at least 1")
 
@@ -132,12 +134,18 @@ def _start(
     started: float,
     stop: threading.Event,
 ) -> Ready:
-    """Load the model, complete once with it and make the application.
+    """Load the default model, complete once with it and make the application.
 
     Raises KeyboardInterrupt soon after `stop` is set.
     """
-    from albor_serve.loader import LoadOptions, load_model
+    from albor_serve.api.registry import ModelRegistry, ModelSource, RegistryLimits
+    from albor_serve.loader import LoadOptions, embedded_name, needed_bytes
+    from albor_serve.model_args import named_models, parse_bytes
 
+    is_embedded = not options.model and options.models_dir is None
+    models = named_models(
+        options.model, options.alias, options.models_dir, embedded_name() if is_embedded else ""
+    )
     chosen = LoadOptions(
         num_slots=options.slots,
         max_seq_len=options.ctx,
@@ -145,42 +153,75 @@ def _start(
         speculate=not options.no_speculation,
         backend=options.backend,
     )
-    with _ProgressLine(stop) as progress:
-        loaded = load_model(options.model, chosen, progress.show)
-    engine = loaded.engine
+    first_token_ms: list[float] = []
+    registry = ModelRegistry(
+        [
+            ModelSource(
+                model.name,
+                functools.partial(_load, model, chosen, stop, first_token_ms),
+                model.aliases,
+                functools.partial(needed_bytes, model.path, chosen),
+            )
+            for model in models
+        ],
+        RegistryLimits(
+            max_loaded=options.max_loaded,
+            max_memory_bytes=None
+            if options.max_memory is None
+            else parse_bytes(options.max_memory),
+            idle_unload_s=options.idle_unload,
+        ),
+    )
     try:
-        engine.start()
-        first_token_ms = _warm_up(loaded)
+        served = registry.load_default()
 
         from albor_serve.api.app import AppSettings, create_app
-        from albor_serve.api.completion import ServedModel
         from albor_serve.api.server import Ready
 
-        aliases = tuple(dict.fromkeys((*options.alias, loaded.name)))
-        served = ServedModel(
-            name=aliases[0],
-            engine=engine,
-            template=loaded.template,
-            aliases=aliases[1:],
-            description=loaded.description,
-        )
         settings = AppSettings(
             allowed_hosts=_allowed_hosts(options.host),
             cors_origins=tuple(options.cors_origin),
             api_keys=keys,
             log_prompts=options.log_prompts,
         )
-        app = create_app(served, settings)
+        app = create_app(registry, settings)
+        greeting = functools.partial(_greeting, served, address, len(models) - 1)
+        text = greeting(time.perf_counter() - started, first_token_ms[0])
     except BaseException:
-        engine.close()
+        registry.close()
         raise
+    del served, greeting  # an idle model must not be kept in memory by this function
 
     def announce() -> None:
-        print(_greeting(loaded, address, time.perf_counter() - started, first_token_ms), flush=True)
+        print(text, flush=True)
         if not keys and options.uds is None and not _is_loopback(options.host):
             print("anyone who can reach this address can use it: see --api-key-file", flush=True)
 
-    return Ready(app, lambda drain_s: engine.close(drain_s=drain_s), announce)
+    return Ready(app, registry.close, announce)
+
+
+def _load(
+    model: NamedModel, options: LoadOptions, stop: threading.Event, first_token_ms: list[float]
+) -> ServedModel:
+    """Load a model and complete once with it; appends that completion's prefill time in ms."""
+    from albor_serve.api.completion import ServedModel
+    from albor_serve.loader import load_model
+
+    with _ProgressLine(stop) as progress:
+        loaded = load_model(model.path, options, progress.show)
+    try:
+        loaded.engine.start()
+        first_token_ms.append(_warm_up(loaded))
+    except BaseException:
+        loaded.engine.close()
+        raise
+    return ServedModel(
+        name=model.name,
+        engine=loaded.engine,
+        template=loaded.template,
+        aliases=model.aliases,
+        description=loaded.description,
+    )
 
 
 def _serve_parser() -> argparse.ArgumentParser:
@@ -192,10 +233,34 @@ def _serve_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "model",
-        nargs="?",
+        nargs="*",
+        metavar="MODEL[=NAME]",
+        help="a .gguf file or a Hugging Face folder; without it the embedded Python model. The "
+        "first one is loaded at once and is the default, further ones as requests name them",
+    )
+    parser.add_argument(
+        "--models-dir",
         type=Path,
-        metavar="MODEL",
-        help="a .gguf file or a Hugging Face folder; without it the embedded Python model",
+        metavar="DIR",
+        help="serve each .gguf file and Hugging Face folder in DIR as well",
+    )
+    parser.add_argument(
+        "--max-loaded",
+        type=int,
+        default=3,
+        metavar="N",
+        help="models in memory at once; the least recently used makes room (%(default)s)",
+    )
+    parser.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="memory for weights and caches of all loaded models, such as 4G (no limit)",
+    )
+    parser.add_argument(
+        "--idle-unload",
+        type=float,
+        metavar="SECONDS",
+        help="unload a model that nobody has used for so long; the next request loads it (never)",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument(
@@ -240,8 +305,9 @@ def _serve_parser() -> argparse.ArgumentParser:
         "--alias",
         action="append",
         default=[],
-        metavar="NAME",
-        help="name that clients use for the model; may be given several times",
+        metavar="NAME[=MODEL]",
+        help="further name for the model of that name, or for the first; may be given several "
+        "times",
     )
     parser.add_argument(
         "--api-key",
@@ -315,9 +381,12 @@ def _warm_up(loaded: LoadedModel) -> float:
     return end.timings.prefill_ms
 
 
-def _greeting(loaded: LoadedModel, address: str, start_s: float, first_token_ms: float) -> str:
+def _greeting(
+    loaded: ServedModel, address: str, num_more: int, start_s: float, first_token_ms: float
+) -> str:
     info = loaded.engine.backend.info
     fim = f"fill-in-the-middle: {loaded.template.family}" if loaded.template else "no FIM"
+    more = f"{num_more} more models on demand: GET /v1/models\n" if num_more else ""
     example = json.dumps({"prompt": "def fib(n):\n", "max_tokens": 32, "temperature": 0})
     curl, base = "curl", address
     if address.startswith("unix:"):
@@ -325,6 +394,7 @@ def _greeting(loaded: LoadedModel, address: str, start_s: float, first_token_ms:
     return (
         f"albor {__version__}: {loaded.name} ({loaded.description}, {fim}) on {info.device}, "
         f"{info.num_slots} slots of {loaded.engine.max_seq_len} tokens\n"
+        f"{more}"
         f"listening on {address} after {start_s:.2f} s; first token in {first_token_ms:.0f} ms\n"
         f"try: {curl} {base}/v1/completions -d '{example}'"
     )

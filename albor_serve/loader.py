@@ -29,7 +29,9 @@ __all__ = [
     "LoadOptions",
     "LoadedModel",
     "OpenBackend",
+    "embedded_name",
     "load_model",
+    "needed_bytes",
     "open_backend",
 ]
 
@@ -151,17 +153,7 @@ def load_model(
     report = progress or (lambda _text, _part: None)
     path, folder = _resolve(source, report)
     header = open_gguf_header(path)
-    train_seq_len = _metadata_int(header, "context_length", MAX_DEFAULT_SEQ_LEN)
-    max_seq_len = options.max_seq_len
-    if max_seq_len is None:
-        max_seq_len = min(train_seq_len, MAX_DEFAULT_SEQ_LEN)
-    if max_seq_len > train_seq_len:
-        raise ConfigError(
-            f"--ctx is {max_seq_len}, but this model was made for {train_seq_len} tokens: lower it"
-        )
-    config = EngineConfig(
-        num_slots=options.num_slots, max_seq_len=max_seq_len, speculate=options.speculate
-    )
+    config = _engine_config(header, options)
     _check_memory(header, config)
     opened = open_backend(
         GgufCheckpoint(header),
@@ -192,6 +184,22 @@ def load_model(
         name = full_name or name
     description = opened.kind
     return LoadedModel(name, description, engine, template, time.perf_counter() - started)
+
+
+def needed_bytes(source: Path | None, options: LoadOptions) -> int:
+    """Memory that loading a model will take: weights and KV cache. Raises what `load_model` does.
+
+    A folder is converted for it, if it has not been yet.
+    """
+    path, _ = _resolve(source, lambda _text, _part: None)
+    header = open_gguf_header(path)
+    return header.num_bytes + _kv_bytes(header, _engine_config(header, options))
+
+
+def embedded_name() -> str:
+    """Name of the model that ships with albor. Raises CheckpointError."""
+    path = embedded_path()
+    return _metadata_text(open_gguf_header(path), "general.name") or path.stem
 
 
 def embedded_path() -> Path:
@@ -227,15 +235,33 @@ def _resolve(source: Path | None, report: Progress) -> tuple[Path, Path | None]:
     return source, None
 
 
-def _check_memory(header: GgufHeader, config: EngineConfig) -> None:
-    """Refuse what would drive the machine into swap or the kernel into killing processes."""
+def _engine_config(header: GgufHeader, options: LoadOptions) -> EngineConfig:
+    train_seq_len = _metadata_int(header, "context_length", MAX_DEFAULT_SEQ_LEN)
+    max_seq_len = options.max_seq_len
+    if max_seq_len is None:
+        max_seq_len = min(train_seq_len, MAX_DEFAULT_SEQ_LEN)
+    if max_seq_len > train_seq_len:
+        raise ConfigError(
+            f"--ctx is {max_seq_len}, but this model was made for {train_seq_len} tokens: lower it"
+        )
+    return EngineConfig(
+        num_slots=options.num_slots, max_seq_len=max_seq_len, speculate=options.speculate
+    )
+
+
+def _kv_bytes(header: GgufHeader, config: EngineConfig) -> int:
     layers = _metadata_int(header, "block_count", 0)
     heads = _metadata_int(header, "attention.head_count", 1)
     kv_heads = _metadata_int(header, "attention.head_count_kv", heads)
     width = _metadata_int(header, "embedding_length", 0) // max(heads, 1)
     head_dim = _metadata_int(header, "attention.key_length", width)
     num_tokens = config.num_slots * config.max_seq_len
-    kv_bytes = 2 * 2 * layers * kv_heads * head_dim * num_tokens
+    return 2 * 2 * layers * kv_heads * head_dim * num_tokens
+
+
+def _check_memory(header: GgufHeader, config: EngineConfig) -> None:
+    """Refuse what would drive the machine into swap or the kernel into killing processes."""
+    kv_bytes = _kv_bytes(header, config)
     needed = header.num_bytes + kv_bytes
     available = _available_bytes()
     if available is not None and needed > available:
