@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -139,6 +140,7 @@ def _start(
     Raises KeyboardInterrupt soon after `stop` is set.
     """
     from albor_serve.api.registry import ModelRegistry, ModelSource, RegistryLimits
+    from albor_serve.checkpoint.lora import parse_adapter
     from albor_serve.loader import LoadOptions, embedded_name, needed_bytes
     from albor_serve.model_args import named_models, parse_bytes
 
@@ -153,16 +155,25 @@ def _start(
         speculate=not options.no_speculation,
         backend=options.backend,
     )
+    adapters = tuple(parse_adapter(text) for text in options.lora)
+    budget = None if options.max_memory is None else parse_bytes(options.max_memory)
     first_token_ms: list[float] = []
     registry = ModelRegistry(
         [
             ModelSource(
                 model.name,
-                functools.partial(_load, model, chosen, stop, first_token_ms),
+                functools.partial(
+                    _load,
+                    model,
+                    # The adapters are the first model's.
+                    chosen if at else replace(chosen, adapters=adapters),
+                    stop,
+                    first_token_ms,
+                ),
                 model.aliases,
                 functools.partial(needed_bytes, model.path, chosen),
             )
-            for model in models
+            for at, model in enumerate(models)
         ],
         RegistryLimits(
             max_loaded=options.max_loaded,
@@ -255,6 +266,14 @@ def _serve_parser() -> argparse.ArgumentParser:
         "--max-memory",
         metavar="SIZE",
         help="memory for weights and caches of all loaded models, such as 4G (no limit)",
+    )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[=SCALE]",
+        help="LoRA adapter for the first model: a GGUF file or a PEFT folder; may be given several "
+        "times",
     )
     parser.add_argument(
         "--idle-unload",

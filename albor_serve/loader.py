@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -16,9 +17,15 @@ from albor_serve.backends.llamacpp import LlamaCppBackend, LlamaCppVocabulary
 from albor_serve.backends.llamacpp_tokenizer import LlamaCppTokenizer, choose_tokenizer
 from albor_serve.checkpoint import GgufCheckpoint
 from albor_serve.checkpoint.gguf_header import GgufHeader, open_gguf_header
-from albor_serve.config import EngineConfig
+from albor_serve.checkpoint.lora import LoraAdapter, adapter_gguf
+from albor_serve.config import EngineConfig, ModelConfig
 from albor_serve.engine import Engine
-from albor_serve.errors import CheckpointError, CheckpointFormatError, ConfigError
+from albor_serve.errors import (
+    CheckpointError,
+    CheckpointFormatError,
+    ConfigError,
+    UnsupportedModelError,
+)
 from albor_serve.fim import FimTemplate, detect_template
 from albor_serve.kernels.cpu_decode import best_instruction_set
 from albor_serve.tokenizer import Tokenizer
@@ -59,6 +66,8 @@ class LoadOptions:
     """None takes the machine's physical cores and follows its load."""
     speculate: bool = True
     backend: BackendChoice = "auto"
+    adapters: tuple[LoraAdapter, ...] = ()
+    """LoRA adapters; models with some run on llama.cpp, which computes them beside the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +89,20 @@ def open_backend(
     choice: BackendChoice = "auto",
     num_threads: int | None = None,
     progress: Callable[[float], None] | None = None,
+    adapters: Sequence[LoraAdapter] = (),
 ) -> OpenBackend:
     """Load a GGUF file into the backend that runs it fastest here.
 
     Raises:
-        ConfigError: `choice` is "cpu" and albor's kernels can't run this model here.
-        What LlamaCppBackend.load and CpuBackend raise.
+        ConfigError: `choice` is "cpu" and albor's kernels can't run this model here, or not with
+            adapters.
+        What LlamaCppBackend.load, CpuBackend and adapter_gguf raise.
     """
     path = checkpoint.path
+    if adapters:
+        if choice == "cpu":
+            raise ConfigError("albor's CPU kernels take no --lora: leave out --backend cpu")
+        choice = "llamacpp"
     # The kernels for AVX2 and AVX-VNNI do not beat llama.cpp yet: they are for who asks.
     if choice == "cpu" or (choice == "auto" and best_instruction_set() == "avx512"):
         reason = unsupported(checkpoint)
@@ -97,13 +112,33 @@ def open_backend(
             raise ConfigError(
                 f"albor's CPU kernels can't run {path.name}: {reason}; leave out --backend cpu"
             )
-    native = LlamaCppBackend.load(
-        path, num_slots, max_seq_len, num_threads=num_threads, progress=progress
-    )
+    with contextlib.ExitStack() as files:
+        config = _config_for(adapters, checkpoint)
+        native = LlamaCppBackend.load(
+            path,
+            num_slots,
+            max_seq_len,
+            num_threads=num_threads,
+            progress=progress,
+            adapters=[
+                (files.enter_context(adapter_gguf(adapter.path, config)), adapter.scale)
+                for adapter in adapters
+            ],
+        )
     info = native.model_info
     # llama.cpp prints "?B" for sizes that it has no name for.
     kind = f"{info.description.replace('?B ', '')}, {info.num_parameters / 1e6:.0f}M parameters"
     return OpenBackend(native, native.tokenizer, kind)
+
+
+def _config_for(adapters: Sequence[LoraAdapter], checkpoint: GgufCheckpoint) -> ModelConfig | None:
+    """The model's config where an adapter's conversion needs it and albor knows it."""
+    if not any(adapter.path.is_dir() for adapter in adapters):
+        return None
+    try:
+        return checkpoint.config
+    except UnsupportedModelError:
+        return None
 
 
 def _open_own(
@@ -162,6 +197,7 @@ def load_model(
         choice=options.backend,
         num_threads=options.num_threads,
         progress=lambda part: report("loading", part),
+        adapters=options.adapters,
     )
     try:
         tokenizer: Tokenizer = opened.tokenizer
@@ -183,6 +219,9 @@ def load_model(
     if source is None:
         name = full_name or name
     description = opened.kind
+    if options.adapters:
+        num = len(options.adapters)
+        description += f", {num} LoRA adapter{'s' if num > 1 else ''}"
     return LoadedModel(name, description, engine, template, time.perf_counter() - started)
 
 

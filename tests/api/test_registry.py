@@ -100,7 +100,8 @@ def test_an_unknown_model_is_404_with_the_names() -> None:
         assert answer.status_code == 404
         error = answer.json()["error"]
         assert error["code"] == "model_not_found"
-        assert "a, b" in error["message"] and "zebra" not in error["message"]
+        assert "a, b" in error["message"]
+        assert "zebra" not in error["message"]
 
 
 def test_the_least_recently_used_makes_room() -> None:
@@ -230,7 +231,6 @@ def test_a_busy_model_is_not_idle_and_health_is_no_use() -> None:
     models = Models(ms_per_token=20.0)
     with running(models, idle_unload_s=0.2) as (url, _):
         assert ask(url, max_tokens=40).json()["usage"]["completion_tokens"] == 40
-        assert models.log == ["load a"]
         for _ in range(100):
             assert httpx.get(f"{url}/health").status_code == 200
             if states(url)["a"] == "unloaded":
