@@ -177,9 +177,7 @@ def _start(
         ],
         RegistryLimits(
             max_loaded=options.max_loaded,
-            max_memory_bytes=None
-            if options.max_memory is None
-            else parse_bytes(options.max_memory),
+            max_memory_bytes=budget,
             idle_unload_s=options.idle_unload,
         ),
     )

@@ -526,7 +526,8 @@ def _add_adapters(
         handles.append(handle)
     num = len(handles)
     scales = (ctypes.c_float * num)(*(scale for _, scale in adapters))
-    if lib.llama_set_adapters_lora(context, (ctypes.c_void_p * num)(*handles), num, scales):
+    pointers = (ctypes.POINTER(ctypes.c_void_p) * num)(*handles)
+    if lib.llama_set_adapters_lora(context, pointers, num, scales):
         raise BackendError(f"llama.cpp could not apply the adapters{_reason()}")
 
 
