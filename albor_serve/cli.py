@@ -139,7 +139,6 @@ def _start(
 
     Raises KeyboardInterrupt soon after `stop` is set.
     """
-    from albor_serve.api.registry import ModelRegistry, ModelSource, RegistryLimits
     from albor_serve.checkpoint.lora import parse_adapter
     from albor_serve.loader import LoadOptions, embedded_name, needed_bytes
     from albor_serve.model_args import named_models, parse_bytes
@@ -157,33 +156,31 @@ def _start(
     )
     adapters = tuple(parse_adapter(text) for text in options.lora)
     budget = None if options.max_memory is None else parse_bytes(options.max_memory)
-    first_token_ms: list[float] = []
-    registry = ModelRegistry(
-        [
-            ModelSource(
-                model.name,
-                functools.partial(
-                    _load,
-                    model,
-                    # The adapters are the first model's.
-                    chosen if at else replace(chosen, adapters=adapters),
-                    stop,
-                    first_token_ms,
-                ),
-                model.aliases,
-                functools.partial(needed_bytes, model.path, chosen),
-            )
-            for at, model in enumerate(models)
-        ],
-        RegistryLimits(
-            max_loaded=options.max_loaded,
-            max_memory_bytes=budget,
-            idle_unload_s=options.idle_unload,
-        ),
-    )
+    # The adapters are the first model's.
+    choices = [replace(chosen, adapters=adapters), *([chosen] * (len(models) - 1))]
+    first, first_token_ms = _load(models[0], choices[0], stop)
     try:
-        served = registry.load_default()
+        # Not before: the main thread imports the web framework meanwhile.
+        from albor_serve.api.registry import ModelRegistry, ModelSource, RegistryLimits
 
+        registry = ModelRegistry(
+            [
+                ModelSource(
+                    model.name,
+                    functools.partial(_load_served, model, choice, stop),
+                    model.aliases,
+                    functools.partial(needed_bytes, model.path, choice),
+                )
+                for model, choice in zip(models, choices, strict=True)
+            ],
+            RegistryLimits(
+                max_loaded=options.max_loaded,
+                max_memory_bytes=budget,
+                idle_unload_s=options.idle_unload,
+            ),
+        )
+        served = _served(models[0], first)
+        registry.adopt(served)
         from albor_serve.api.app import AppSettings, create_app
         from albor_serve.api.server import Ready
 
@@ -194,12 +191,11 @@ def _start(
             log_prompts=options.log_prompts,
         )
         app = create_app(registry, settings)
-        greeting = functools.partial(_greeting, served, address, len(models) - 1)
-        text = greeting(time.perf_counter() - started, first_token_ms[0])
+        load_s = time.perf_counter() - started
+        text = _greeting(served, address, len(models) - 1, load_s, first_token_ms)
     except BaseException:
-        registry.close()
+        first.engine.close()
         raise
-    del served, greeting  # an idle model must not be kept in memory by this function
 
     def announce() -> None:
         print(text, flush=True)
@@ -210,20 +206,28 @@ def _start(
 
 
 def _load(
-    model: NamedModel, options: LoadOptions, stop: threading.Event, first_token_ms: list[float]
-) -> ServedModel:
-    """Load a model and complete once with it; appends that completion's prefill time in ms."""
-    from albor_serve.api.completion import ServedModel
+    model: NamedModel, options: LoadOptions, stop: threading.Event
+) -> tuple[LoadedModel, float]:
+    """Load a model and complete once with it: (the model, that completion's prefill in ms)."""
     from albor_serve.loader import load_model
 
     with _ProgressLine(stop) as progress:
         loaded = load_model(model.path, options, progress.show)
     try:
         loaded.engine.start()
-        first_token_ms.append(_warm_up(loaded))
+        return loaded, _warm_up(loaded)
     except BaseException:
         loaded.engine.close()
         raise
+
+
+def _load_served(model: NamedModel, options: LoadOptions, stop: threading.Event) -> ServedModel:
+    return _served(model, _load(model, options, stop)[0])
+
+
+def _served(model: NamedModel, loaded: LoadedModel) -> ServedModel:
+    from albor_serve.api.completion import ServedModel
+
     return ServedModel(
         name=model.name,
         engine=loaded.engine,

@@ -181,24 +181,16 @@ class ModelRegistry:
         """All names that requests may use, default first."""
         return list(self._by_name)
 
+    def source(self, name: str | None) -> ModelSource:
+        """Where the model of that name comes from. Raises UnknownModelError."""
+        return self._find(name).source
+
     def adopt(self, served: ServedModel) -> None:
         """Take a model that is loaded already, under the name of its source."""
         with self._lock:
             entry = self._by_name[served.name]
             self._settle(entry, served)
         self._start_janitor()
-
-    def load_default(self) -> ServedModel:
-        """Load the default model now, on this thread.
-
-        Raises:
-            AlborError: what its load raised.
-        """
-        served = self._entries[0].source.load()
-        with self._lock:
-            self._settle(self._entries[0], served)
-        self._start_janitor()
-        return served
 
     def view(self, name: str | None) -> ModelView:
         """One model; nothing is loaded for it. Raises UnknownModelError."""

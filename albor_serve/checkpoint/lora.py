@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import gguf
 import numpy as np
 
 from albor_serve.checkpoint.files import read_json_object
@@ -174,6 +173,8 @@ def _read(file: SafetensorsFile, name: str) -> FloatArray:
 def _write(
     out: Path, matrices: Mapping[str, tuple[FloatArray, FloatArray]], config: ModelConfig
 ) -> None:
+    import gguf  # only who converts waits for it
+
     writer = gguf.GGUFWriter(out, config.architecture)
     try:
         writer.add_type(gguf.GGUFType.ADAPTER)

@@ -50,10 +50,15 @@ class Models:
         return ServedModel(name, engine, detect_template(tokenizer, "albor"))
 
 
+def first(registry: ModelRegistry) -> ServedModel:
+    """The default model, loaded by its caller as albor-serve does."""
+    return registry.source(None).load()
+
+
 @contextlib.contextmanager
 def running(models: Models, names: str = "ab", **limits: Any) -> Iterator[tuple[str, Any]]:
     registry = ModelRegistry([models.source(name) for name in names], RegistryLimits(**limits))
-    registry.load_default()
+    registry.adopt(first(registry))
     try:
         with serving_registry(registry) as url:
             yield url, registry
@@ -122,7 +127,7 @@ def test_a_memory_budget_evicts_and_refuses_what_can_never_fit() -> None:
     one = info.weight_bytes + info.kv_bytes_per_token * 2 * 256
     sources = [models.source("a", one), models.source("b", one), models.source("huge", 9 * one)]
     registry = ModelRegistry(sources, RegistryLimits(max_memory_bytes=one + one // 2))
-    registry.load_default()
+    registry.adopt(first(registry))
     try:
         with serving_registry(registry) as url:
             assert ask(url, "b").status_code == 200
@@ -313,7 +318,7 @@ def test_real_models_swap_by_name(tmp_path: Path) -> None:
         return ModelSource(name, load)
 
     registry = ModelRegistry([source("a", 1), source("b", 2)], RegistryLimits(max_loaded=1))
-    registry.load_default()
+    registry.adopt(first(registry))
     try:
         with serving_registry(registry) as url:
             texts = {
