@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from albor_serve.errors import BackendError
 
@@ -61,8 +61,9 @@ def measure_cancels(
     slots = _Slots(address)
     free_ms, ask_ms = [], []
     try:
+        vocab_size = slots.vocab_size()
         for _ in range(num_rounds):
-            tokens = [rng.randrange(300, 3000) for _ in range(prompt_len)]
+            tokens = [rng.randrange(vocab_size // 2) for _ in range(prompt_len)]
             is_prefill = phase == "prefill"
             with _request(address, tokens if is_prefill else tokens[:16], 256) as sock:
                 slots.wait(busy=True)
@@ -75,7 +76,7 @@ def measure_cancels(
                 began = time.perf_counter()
             ask_ms += slots.wait(busy=False)
             free_ms.append((time.perf_counter() - began) * 1000)
-    except (OSError, http.client.HTTPException, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
         raise BackendError(f"the server at {address} did not answer ({error})") from error
     finally:
         slots.close()
@@ -107,19 +108,27 @@ class _Slots:
     def __init__(self, address: str) -> None:
         self._connection = http.client.HTTPConnection(address, timeout=PATIENCE_S)
 
+    def vocab_size(self) -> int:
+        """Of the server's first model."""
+        size = self._ask("/v1/models")["data"][0]["meta"]["vocab_size"]
+        return int(size)
+
     def wait(self, *, busy: bool) -> list[float]:
         """Ask until a slot is busy, or none is; returns the time of each question in ms."""
         times = []
         end = time.perf_counter() + PATIENCE_S
         while time.perf_counter() < end:
             began = time.perf_counter()
-            self._connection.request("GET", "/slots")
-            states = json.loads(self._connection.getresponse().read())
+            states = self._ask("/slots")
             times.append((time.perf_counter() - began) * 1000)
             if any(state["is_processing"] for state in states) == busy:
                 return times
             time.sleep(0.0005)
         raise BackendError(f"no slot got {'busy' if busy else 'free'} within {PATIENCE_S:g} s")
+
+    def _ask(self, path: str) -> Any:
+        self._connection.request("GET", path)
+        return json.loads(self._connection.getresponse().read())
 
     def close(self) -> None:
         self._connection.close()
