@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
 import sys
 from collections.abc import Sequence
@@ -316,9 +317,8 @@ def _cancel(options: argparse.Namespace) -> int:
     table = Table(title=f"{path.name}: from a client's disconnect to the free slot")
     for heading in ("while", "rounds", "p50 ms", "p99 ms", "max ms", "one question ms"):
         table.add_column(heading)
-    with AlborServer(
-        "albor", path, PeerOptions(context=options.prompt_len + 512, threads=threads)
-    ) as server:
+    settings = PeerOptions(context=options.prompt_len + 512, threads=threads)
+    with contextlib.closing(AlborServer("albor", path, settings)) as server:
         step = server.generate([*range(300, 316)], 64, fresh=True)
         phases: tuple[Phase, ...] = ("prefill", "decode")
         for phase in phases:
