@@ -304,7 +304,6 @@ def _add_load(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def _load(options: argparse.Namespace) -> int:
-    import json
     from dataclasses import asdict
 
     from rich.console import Console
@@ -352,7 +351,7 @@ def _load(options: argparse.Namespace) -> int:
             "settings": asdict(settings),
             "servers": {name: asdict(tally) for name, tally in tallies.items()},
         }
-        write_text(options.json, json.dumps(figures, indent=1))
+        write_text(options.json, figures)
     return 0
 
 
