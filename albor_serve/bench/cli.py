@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_infill(commands)
     _add_cancel(commands)
     add_replay(commands)
+    _add_load(commands)
     options = parser.parse_args(argv)
     options.command = shlex.join(["albor-bench", *(sys.argv[1:] if argv is None else argv)])
     try:
@@ -335,6 +336,71 @@ def _cancel(options: argparse.Namespace) -> int:
             )
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     print(f"one decode step of this model here takes {step.decode_ms:.1f} ms")
+    return 0
+
+
+def _add_load(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("load", help="many clients at once against running servers")
+    parser.add_argument(
+        "servers", nargs="+", metavar="NAME=URL[#PID]", help="servers that speak /infill"
+    )
+    parser.add_argument("--clients", type=int, default=64, help="at once (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of a round (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="for each server (%(default)s)")
+    parser.add_argument("--new", type=int, default=24, help="tokens to generate (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures")
+    parser.set_defaults(run=_load)
+
+
+def _load(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from albor_serve.bench.machine import describe_machine
+    from albor_serve.bench.mixed_load import LoadTarget, MixSettings, run_load
+    from albor_serve.bench.report import write_text
+
+    targets = []
+    for text in options.servers:
+        name, is_named, rest = text.partition("=")
+        url, _, pid = rest.partition("#")
+        if not is_named or not url.startswith("http") or (pid and not pid.isdecimal()):
+            raise ConfigError(
+                f"{text} is not NAME=URL or NAME=URL#PID: give albor=http://HOST:PORT"
+            )
+        targets.append(LoadTarget(name, url, int(pid) if pid else None))
+    settings = MixSettings(options.clients, options.seconds, options.rounds, options.new)
+    machine = describe_machine()
+    tallies = run_load(targets, settings)
+    table = Table(title=f"{options.clients} clients, {machine.cpu}, commit {machine.commit}")
+    headings = ("server", "first token p50/p95/p99 ms", "total p50/p95/p99 ms", "done", "tokens/s")
+    for heading in (*headings, "refused", "cancelled", "lost", "busy slots", "RSS MiB"):
+        table.add_column(heading)
+    for name, tally in tallies.items():
+        rss = tally.rss_mib
+        table.add_row(
+            name,
+            " / ".join(f"{ms:.0f}" for ms in tally.percentiles(tally.first_token_ms)),
+            " / ".join(f"{ms:.0f}" for ms in tally.percentiles(tally.total_ms)),
+            str(len(tally.total_ms)),
+            f"{tally.num_tokens / tally.seconds:.0f}",
+            ", ".join(f"{n}x {status}" for status, n in sorted(tally.statuses.items())) or "0",
+            str(tally.num_cancelled),
+            str(tally.num_lost),
+            "?" if tally.num_busy_slots is None else str(tally.num_busy_slots),
+            f"{rss[0]:.0f} to {rss[-1]:.0f}" if rss else "?",
+        )
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
+    if options.json:
+        figures = {
+            "machine": machine.as_dict(),
+            "command": options.command,
+            "settings": asdict(settings),
+            "servers": {name: asdict(tally) for name, tally in tallies.items()},
+        }
+        write_text(options.json, figures)
     return 0
 
 
