@@ -320,8 +320,8 @@ def _serve_parser() -> argparse.ArgumentParser:
         choices=("auto", "cpu", "cuda", "llamacpp"),
         default="auto",
         help="who computes: cpu is albor's own kernels (Q4_0 and Q8_0 of Llama, Qwen2 and Qwen3), "
-        "cuda its GPU kernels (Q4_0, needs albor[gpu]), llamacpp runs everything else (auto: cpu where "
-        "it is fast, else llamacpp)",
+        "cuda its GPU kernels (Q4_0, needs albor[gpu]), llamacpp runs everything else "
+        "(auto: cpu where it is fast, else llamacpp)",
     )
     parser.add_argument(
         "--alias",

@@ -279,6 +279,8 @@ class CudaBackend:
 
     def _warm_up(self, progress: Callable[[float], None] | None) -> None:
         """Compile every kernel and record the first slot's graphs before the first request."""
+        if INTERPRET:
+            return  # There is nothing to compile, and a step takes many seconds.
         slot = self._slots[0]
         for done, plan in enumerate(self._plans.values(), 1):
             slot.set_input([0] * plan.num_tokens)

@@ -84,13 +84,14 @@ def check_rules(device: str, environment: dict[str, str]) -> None:
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=290,
+        timeout=880,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-2000:]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_backend_keeps_the_rules_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     check_rules("cpu", {"TRITON_INTERPRET": "1"})
