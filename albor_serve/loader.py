@@ -16,6 +16,7 @@ from albor_serve.backends.llamacpp import LlamaCppBackend, LlamaCppVocabulary
 from albor_serve.backends.llamacpp_tokenizer import LlamaCppTokenizer, choose_tokenizer
 from albor_serve.checkpoint import GgufCheckpoint
 from albor_serve.checkpoint.gguf_header import GgufHeader, open_gguf_header
+from albor_serve.checkpoint.preflight import check_for_native
 from albor_serve.config import EngineConfig
 from albor_serve.engine import Engine
 from albor_serve.errors import CheckpointError, CheckpointFormatError, ConfigError
@@ -151,6 +152,7 @@ def load_model(
     report = progress or (lambda _text, _part: None)
     path, folder = _resolve(source, report)
     header = open_gguf_header(path)
+    check_for_native(header)
     train_seq_len = _metadata_int(header, "context_length", MAX_DEFAULT_SEQ_LEN)
     max_seq_len = options.max_seq_len
     if max_seq_len is None:
