@@ -101,7 +101,9 @@ class ModelConfig:
                     f"model {name} is {value!r:.40}: it must be a positive whole number"
                 )
             if value > _MAX_SIZE:
-                raise ConfigError(f"model {name} is {value:.3g}: no model has more than {_MAX_SIZE}")
+                raise ConfigError(
+                    f"model {name} is {value:.3g}: no model has more than {_MAX_SIZE}"
+                )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"{self.num_heads} query heads cannot share {self.num_kv_heads} key-value heads: "

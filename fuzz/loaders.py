@@ -127,4 +127,4 @@ def _check_message(error: AlborError) -> None:
 
 
 def _ram() -> str | None:
-    return "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108 - random names within
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None

@@ -55,7 +55,7 @@ BODIES: Final = (
 _FITTING: Final = (
     (b"input_prefix", b"/infill"),
     (b"content", b"/tokenize"),
-    (b"tokens\": [", b"/detokenize"),
+    (b'tokens": [', b"/detokenize"),
     (b"suffix", b"/v1/fim/completions"),
     (b"prompt", b"/v1/completions"),
 )
@@ -67,11 +67,20 @@ TOKENS: Final = (
 HEADERS: Final = (
     *(b"Content-Length: -1", b"Content-Length: 1, 2", b"Content-Length: +5"),
     *(b"Content-Length: 99999999999999999999", b"Content-Length: " + MARKER),
-    *(b"Transfer-Encoding: chunked, gzip", b"Transfer-Encoding: " + MARKER, b"Expect: 100-continue"),
+    *(
+        b"Transfer-Encoding: chunked, gzip",
+        b"Transfer-Encoding: " + MARKER,
+        b"Expect: 100-continue",
+    ),
     *(b"Host: " + MARKER, b"Host:", b"Host: a\x00b", b"Origin: http://" + MARKER, b"Upgrade: h2c"),
     *(b"Connection: close", b"Connection: upgrade", b"Authorization: Bearer " + MARKER),
     *(b"Cookie: " + MARKER * 500, b" folded", b"NoColon", b": empty", b"X-Request-Id: " + MARKER),
-    *(b"X-Request-Id: a\x7fb", b"Content-Type: " + MARKER, b"Content-Encoding: gzip", b"X: \xff\xfe"),
+    *(
+        b"X-Request-Id: a\x7fb",
+        b"Content-Type: " + MARKER,
+        b"Content-Encoding: gzip",
+        b"X: \xff\xfe",
+    ),
     *(b"Accept: " + MARKER, b"X-Forwarded-For: " + MARKER, b"Range: bytes=0-" + b"9" * 50),
 )
 
@@ -125,7 +134,7 @@ def run(server: FuzzServer, cases: int, workers: int = 4, seed: int = 0) -> Repo
     senders = [
         threading.Thread(
             target=_send_cases,
-            args=(server, report, lock, random.Random(seed * 1000 + i), cases // workers),  # noqa: S311
+            args=(server, report, lock, random.Random(seed * 1000 + i), -(-cases // workers)),
         )
         for i in range(workers)
     ]

@@ -44,11 +44,31 @@ INTERESTING: Final = (
 FLOATS: Final = (0.0, -0.0, -1.0, 1e-45, 1e-30, 1.0, 1e30, 3.4e38, float("inf"), float("nan"))
 STRINGS: Final = ("", "none", "linear", "yarn", "llama", "qwen2", "qwen3", "gpt2", "\0", "é" * 99)
 _CODES: Final = {
-    **{0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"},
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "B",
+    10: "Q",
+    11: "q",
+    12: "d",
 }
 _TYPE_NUMBERS: Final = {
-    **{"uint8": 0, "int8": 1, "uint16": 2, "int16": 3, "uint32": 4, "int32": 5, "float32": 6},
-    **{"bool": 7, "string": 8, "uint64": 10, "int64": 11, "float64": 12},
+    "uint8": 0,
+    "int8": 1,
+    "uint16": 2,
+    "int16": 3,
+    "uint32": 4,
+    "int32": 5,
+    "float32": 6,
+    "bool": 7,
+    "string": 8,
+    "uint64": 10,
+    "int64": 11,
+    "float64": 12,
 }
 _TENSOR_NUMBERS: Final = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8, "BF16": 30}
 _TENSOR_GROUPS: Final = {0: (1, 4), 1: (1, 2), 2: (32, 18), 8: (32, 34), 30: (1, 2)}
@@ -159,8 +179,14 @@ def gguf_seeds() -> list[bytes]:
 
 _VOCAB_SIZE: Final = 288
 _SMALL: Final[dict[str, Any]] = {
-    **{"vocab_size": _VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 32, "num_layers": 1},
-    **{"num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "max_seq_len": 64},
+    "vocab_size": _VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_layers": 1,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "head_dim": 16,
+    "max_seq_len": 64,
 }
 
 
@@ -248,7 +274,7 @@ def _parts(header: GgufHeader) -> _Gguf:
 def _change_scalar(parts: _Gguf, rng: random.Random) -> None:
     """Another value, mostly of the keys that shape the model."""
     places = [
-        i for i, (key, kind, _) in enumerate(parts.entries) if kind != 9 and "general.name" != key
+        i for i, (key, kind, _) in enumerate(parts.entries) if kind != 9 and key != "general.name"
     ]
     i = rng.choice(places)
     key, kind, _ = parts.entries[i]

@@ -69,7 +69,8 @@ def _check_heads(header: GgufHeader) -> None:
     metadata, arch = header.metadata, header.architecture
     heads = metadata.get(f"{arch}.attention.head_count")
     width = metadata.integer(f"{arch}.embedding_length")
-    sizes = {metadata.integer(f"{arch}.{key}", 0) for key in _HEAD_KEYS} - {0}
+    keys = [key for name in _HEAD_KEYS if (key := f"{arch}.{name}") in metadata]
+    sizes = {metadata.integer(key) for key in keys}
     if isinstance(heads, int) and heads > 0 and f"{arch}.{_HEAD_KEYS[0]}" not in metadata:
         sizes.add(width // heads)
     if len(sizes) > 1:
