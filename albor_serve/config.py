@@ -101,9 +101,7 @@ class ModelConfig:
                     f"model {name} is {value!r:.40}: it must be a positive whole number"
                 )
             if value > _MAX_SIZE:
-                raise ConfigError(
-                    f"model {name} is {value:.3g}: no model has more than {_MAX_SIZE}"
-                )
+                raise ConfigError(f"model {name} is {value!r:.40}: at most {_MAX_SIZE} may be")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"{self.num_heads} query heads cannot share {self.num_kv_heads} key-value heads: "

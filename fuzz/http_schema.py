@@ -93,6 +93,8 @@ def _round(
             return 0, 1
         summary: Any = json.loads(report.read_text())
         failures = int(summary["test_cases"]["unique_failures"])
+        # A request without an answer in time, or a connection that broke.
+        failures += sum(e["count"] for e in summary["errors"] if "Network" in e["title"])
         if failures:
             print(done.stdout[-8000:], flush=True)
         # An error without a failure is the tool's own: some schemas are too much for its

@@ -388,7 +388,7 @@ def _reshape_model(parts: _Gguf, rng: random.Random) -> None:
             parts.entries[i] = (key, kind, new)
     for tensor in parts.tensors:
         tensor.shape = [new if size == old else size for size in tensor.shape]
-        group, size = _TENSOR_GROUPS[tensor.kind] if tensor.kind in _TENSOR_GROUPS else (1, 4)
+        group, size = _TENSOR_GROUPS.get(tensor.kind, (1, 4))
         count = 1
         for dim in tensor.shape:
             count *= dim % 4096
@@ -416,10 +416,7 @@ def mutate_hf(seed: bytes, rng: random.Random) -> bytes:
     """A packed folder like `seed` with one to four things wrong in its JSON."""
     files = unpack_folder(seed)
     for _ in range(rng.choice((1, 1, 2, 4))):
-        name = rng.choice(
-            ("config.json", "config.json", "model.safetensors", "model.safetensors")
-            + ("tokenizer.json", "tokenizer.json", *FOLDER_FILES)
-        )
+        name = rng.choice((*FOLDER_FILES, *(name for name in FOLDER_FILES[:3] for _ in range(2))))
         data = files.get(name)
         if rng.random() < 0.02:
             files.pop(name, None)

@@ -276,3 +276,9 @@ def test_broken_config_json(text: bytes, tmp_path: Path) -> None:
     with pytest.raises(CheckpointFormatError, match="JSON") as caught:
         open_checkpoint(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["max_position_embeddings", "vocab_size", "num_hidden_layers"])
+def test_sizes_beyond_32_bits(key: str) -> None:
+    with pytest.raises(CheckpointFormatError, match="at most"):
+        model_config_from_hf({**_LLAMA, key: 1 << 32})

@@ -189,8 +189,8 @@ class _Translator:
         for token, token_id in self._ids.items():
             if not isinstance(token_id, int) or not 0 <= token_id < size:
                 raise UnsupportedModelError(
-                    f"token {token[:40]!r} has id {str(token_id)[:40]}, but the model's embedding has "
-                    f"{size} rows"
+                    f"token {token[:40]!r} has id {str(token_id)[:40]}, but the "
+                    f"model's embedding has {size} rows"
                 )
             if tokens[token_id] is not None:
                 raise CheckpointFormatError(

@@ -137,7 +137,8 @@ def test_every_field_has_a_limit(document: dict[str, Any]) -> None:
 
 
 def test_values_beyond_a_limit_are_refused(document: dict[str, Any], http: httpx.Client) -> None:
-    wrong, count = [], 0
+    wrong: list[tuple[Any, ...]] = []
+    count = 0
     for path, place, schema in limits(document):
         if place == ("tokens", "[]"):
             continue
