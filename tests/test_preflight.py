@@ -37,6 +37,14 @@ def test_an_unknown_rope_scaling(tmp_path: Path) -> None:
     refused(save(tmp_path, "llama", {"llama.rope.scaling.type": "spiral"}))
 
 
+def test_experts_of_which_none_is_used(tmp_path: Path) -> None:
+    refused(save(tmp_path, "llama", {"llama.expert_count": 15}), match="experts")
+
+
+def test_a_sentencepiece_vocabulary_without_bytes(tmp_path: Path) -> None:
+    refused(save(tmp_path, "llama", {"tokenizer.ggml.model": "llama"}), match="single bytes")
+
+
 def test_a_token_that_occurs_twice(tmp_path: Path) -> None:
     path = save(tmp_path, "llama", {})
     data = path.read_bytes()

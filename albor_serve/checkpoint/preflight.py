@@ -45,6 +45,12 @@ def check_for_native(header: GgufHeader) -> None:
             f"{', '.join(_ROPE_SCALINGS)}: convert the model again"
         )
     _check_tokens(header)
+    experts = header.metadata.get(f"{architecture}.expert_count", 0)
+    used = header.metadata.get(f"{architecture}.expert_used_count", 0)
+    if isinstance(experts, int) and experts > 0 and used == 0:
+        raise CheckpointFormatError(
+            f"{header.path} has {experts} experts and uses none of them: convert it again"
+        )
     if architecture in _OWN_ARCHITECTURES:
         _check_heads(header)
         try:
@@ -62,6 +68,15 @@ def _check_tokens(header: GgufHeader) -> None:
         raise CheckpointFormatError(
             f"{header.path}: a token occurs twice in its vocabulary: download or convert it again"
         )
+    if header.metadata.get("tokenizer.ggml.model") == "llama":
+        known = set(tokens)
+        if any(
+            b"<0x%02X>" % byte not in known and bytes([byte]) not in known for byte in range(256)
+        ):
+            raise CheckpointFormatError(
+                f"{header.path}: its SentencePiece vocabulary lacks tokens for single bytes: "
+                f"download or convert it again"
+            )
 
 
 def _check_heads(header: GgufHeader) -> None:
