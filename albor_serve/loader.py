@@ -18,6 +18,7 @@ from albor_serve.backends.llamacpp_tokenizer import LlamaCppTokenizer, choose_to
 from albor_serve.checkpoint import GgufCheckpoint
 from albor_serve.checkpoint.gguf_header import GgufHeader, open_gguf_header
 from albor_serve.checkpoint.lora import LoraAdapter, adapter_gguf
+from albor_serve.checkpoint.preflight import check_for_native
 from albor_serve.config import EngineConfig, ModelConfig
 from albor_serve.engine import Engine
 from albor_serve.errors import (
@@ -224,6 +225,7 @@ def load_model(
     report = progress or (lambda _text, _part: None)
     path, folder = _resolve(source, report)
     header = open_gguf_header(path)
+    check_for_native(header)
     config = _engine_config(header, options)
     _check_memory(header, config)
     opened = open_backend(

@@ -7,6 +7,7 @@ goes away and reporting errors are the host's.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
@@ -127,10 +128,12 @@ async def complete(
     value, num_bytes = await host.read_json(request)
     body = parse(value)
     served = await host.find_model(request, body.model)
+    is_large = num_bytes > LARGE_BODY_BYTES  # a plan may tokenize
+    spec = await asyncio.to_thread(plan, served, body) if is_large else plan(served, body)
     return await host.answer(
         request,
         served,
-        plan(served, body),
+        spec,
         lambda completion: write(served, body, completion),
         stream=bool(body.stream),
         num_bytes=num_bytes,

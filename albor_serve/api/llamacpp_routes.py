@@ -6,7 +6,7 @@ import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel, RootModel, WithJsonSchema
+from pydantic import BaseModel, Field, RootModel, WithJsonSchema
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -19,6 +19,7 @@ from albor_serve.api.schemas import (
     MAX_PROMPTS,
     AlborOptions,
     Body,
+    ModelName,
     Prompt,
     is_token_id,
     parse_body,
@@ -27,6 +28,9 @@ from albor_serve.errors import QueueFullError, RequestError
 from albor_serve.tokenizer import Tokenizer
 
 __all__ = ["llamacpp_router"]
+
+MAX_DETOKENIZED = 1 << 17
+"""Token ids in one request to /detokenize."""
 
 _PIECES = {"type": "array", "items": {"anyOf": [{"type": "integer"}, {"type": "string"}]}}
 _PROMPT_SCHEMA = {
@@ -56,7 +60,7 @@ class TokenizeBody(Body):
     """Whether spellings such as <|fim_prefix|> become control tokens."""
     with_pieces: bool = False
     """Return each token's text too."""
-    model: str | None = None
+    model: ModelName | None = None
 
 
 class TokenPiece(BaseModel):
@@ -75,8 +79,8 @@ class TokenizeAnswer(BaseModel):
 class DetokenizeBody(Body):
     """Request body of /detokenize."""
 
-    tokens: list[int]
-    model: str | None = None
+    tokens: Annotated[list[int], Field(max_length=MAX_DETOKENIZED)]
+    model: ModelName | None = None
 
 
 class DetokenizeAnswer(BaseModel):
@@ -184,17 +188,17 @@ def llamacpp_router(host: Host) -> APIRouter:
         body = parse_body(TokenizeBody, value)
         tokenizer = (await host.find_model(request, body.model)).engine.tokenizer
 
-        def encode() -> list[int]:
-            return tokenizer.encode(body.content, parse_special=body.parse_special)
+        def answer() -> Response:
+            ids = tokenizer.encode(body.content, parse_special=body.parse_special)
+            if body.add_special and tokenizer.adds_bos and tokenizer.bos_token_id is not None:
+                ids = [tokenizer.bos_token_id, *ids]
+            if not body.with_pieces:
+                return json_response({"tokens": ids})
+            pieces = [{"id": i, "piece": _piece(tokenizer.token_bytes(i))} for i in ids]
+            return json_response({"tokens": pieces})
 
         is_large = num_bytes > LARGE_BODY_BYTES
-        ids = await asyncio.to_thread(encode) if is_large else encode()
-        if body.add_special and tokenizer.adds_bos and tokenizer.bos_token_id is not None:
-            ids = [tokenizer.bos_token_id, *ids]
-        if not body.with_pieces:
-            return json_response({"tokens": ids})
-        pieces = [{"id": i, "piece": _piece(tokenizer.token_bytes(i))} for i in ids]
-        return json_response({"tokens": pieces})
+        return await asyncio.to_thread(answer) if is_large else answer()
 
     async def detokenize(request: Request) -> Response:
         value, _ = await host.read_json(request)
