@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 from albor_lsp.completion_cache import CompletionCache, Key
 from albor_lsp.context import Chunk, ContextBuilder, Window
 from albor_lsp.document import Change, Document, Encoding, Point, Position
-from albor_lsp.errors import LspError, ServerDown
+from albor_lsp.errors import LspError, ServerDownError
 from albor_lsp.policy import Debounce, Decision, should_ask
 from albor_lsp.service import Answer, Ask, Service, now_ms
 from albor_lsp.settings import Settings
@@ -36,6 +36,7 @@ CHOICE_TEMPERATURE: Final = 0.6
 WARM_TOKENS: Final = 0
 MAX_REMEMBERED: Final = 64
 JUMP_LINES: Final = 32
+ORIGIN: Final = Point(0, 0)
 _PAIRS: Final = ("()", "[]", "{}", '""', "''", "``")
 
 _log = logging.getLogger("albor_lsp")
@@ -150,7 +151,7 @@ class _Open:
     """Of the latest question; an older one gives up when it sees another's."""
     warming: asyncio.Task[None] | None = None
     ahead: asyncio.Task[None] | None = None
-    point: Point = Point(0, 0)
+    point: Point = ORIGIN
     asked_at: int = -1
     """Number of changes when a person's cursor was last asked about."""
     num_changes: int = 0
@@ -511,7 +512,7 @@ class Assistant:
         finally:
             self._num_asking -= 1
             if not flight.is_done:
-                flight.error = ServerDown("the question was withdrawn")
+                flight.error = ServerDownError("the question was withdrawn")
             if query.opened.flight is flight and flight.error is not None:
                 query.opened.flight = None
             flight.wake()

@@ -1,6 +1,6 @@
-"""An open document, kept equal to the editor's copy by its incremental edits.
+r"""An open document, kept equal to the editor's copy by its incremental edits.
 
-Lines end where LSP says, at `\\n`, `\\r\\n` and `\\r`, and nowhere else: `str.splitlines` also
+Lines end where LSP says, at `\n`, `\r\n` and `\r`, and nowhere else: `str.splitlines` also
 splits at form feeds and Unicode separators, and each edit after one would land in a wrong place.
 """
 

@@ -63,7 +63,7 @@ class LanguageServer:
         done: set at exit.
     """
 
-    def __init__(self, peer: Peer, log_lines: Callable[[], list[str]] = lambda: []) -> None:
+    def __init__(self, peer: Peer, log_lines: Callable[[], list[str]] = list) -> None:
         self.exit_code: int | None = None
         self.done = asyncio.Event()
         self._peer = peer
@@ -148,7 +148,7 @@ class LanguageServer:
         return self._begin()
 
     async def _begin(self) -> None:
-        registrations = []
+        registrations: list[tuple[str, dict[str, Any]]] = []
         if self._client.registers_inline:
             registrations.append(("textDocument/inlineCompletion", {"documentSelector": None}))
         if self._client.registers_configuration:

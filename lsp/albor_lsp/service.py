@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from albor_lsp.context import Chunk
-from albor_lsp.errors import LspError, ServerDown, ServerRefused
+from albor_lsp.errors import LspError, ServerDownError, ServerRefusedError
 from albor_lsp.http import Address, HttpClient
 from albor_lsp.policy import StopScope
 
@@ -158,13 +158,13 @@ class Service:
         """Ask; `on_text` gets pieces of the first choice as they come.
 
         Raises:
-            ServerDown: there is no server, or it is gone; it is being looked for.
-            ServerRefused: it can't or won't answer this.
+            ServerDownError: there is no server, or it is gone; it is being looked for.
+            ServerRefusedError: it can't or won't answer this.
         """
         client, capabilities = self._client, self.capabilities
         if client is None or capabilities is None:
             self.start()
-            raise ServerDown(self.health.message or "no server yet")
+            raise ServerDownError(self.health.message or "no server yet")
         body = _body(ask, capabilities, self._model)
         answer = _Collected(on_text)
         try:
@@ -175,10 +175,10 @@ class Service:
                 headers={"X-Session-Id": ask.session},
                 on_event=answer.add,
             )
-        except ServerDown as error:
+        except ServerDownError as error:
             await self._lost(client, error)
             raise
-        except ServerRefused as error:
+        except ServerRefusedError as error:
             if error.status in (401, 403, 503):
                 await self._lost(client, error)
             raise
@@ -226,7 +226,7 @@ class Service:
             return
 
     def _health_of(self, error: LspError) -> Health:
-        if isinstance(error, ServerRefused):
+        if isinstance(error, ServerRefusedError):
             if error.status == 503:
                 return Health("loading", "the server is loading its model")
             return Health("refused", str(error))
@@ -305,7 +305,7 @@ class _Collected:
         """Take an event of a stream, or a whole answer."""
         error = event.get("error")
         if isinstance(error, dict):
-            raise ServerRefused(500, str(error.get("message", "the server failed"))[:200])
+            raise ServerRefusedError(500, str(error.get("message", "the server failed"))[:200])
         for choice in event.get("choices", ()):
             index = choice.get("index", 0)
             piece = choice.get("text") or ""
