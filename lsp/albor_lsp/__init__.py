@@ -1,0 +1,1 @@
+"""albor's language server: editor events in, suggestions out; it talks HTTP only."""
