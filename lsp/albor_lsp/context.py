@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ __all__ = ["Chunk", "ContextBuilder", "ContextSettings", "Window"]
 ANCHOR_LINES: Final = 64
 ANCHOR_CHARS: Final = 4096
 JUMP_LINES: Final = 32
+RECHECK_S: Final = 1.0
+"""How long what the disk said of ignored files and imports is believed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,12 @@ class ContextBuilder:
     Not safe for several threads: one event loop owns it.
     """
 
-    def __init__(self, root: Path | None, settings: ContextSettings | None = None) -> None:
+    def __init__(
+        self,
+        root: Path | None,
+        settings: ContextSettings | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._root = root.resolve() if root is not None else None
         self._settings = settings or ContextSettings()
         self._rules = IgnoreRules(self._root)
@@ -60,6 +68,8 @@ class ContextBuilder:
         self._texts: dict[str, Callable[[], str]] = {}
         self._lines: dict[str, int] = {}
         self._generation = 0
+        self._clock = clock
+        self._last: tuple[str, float, int, tuple[Chunk, ...]] = ("", float("-inf"), -1, ())
 
     @property
     def generation(self) -> int:
@@ -133,10 +143,23 @@ class ContextBuilder:
     def chunks(self, path: str, text: str, offset: int) -> tuple[Chunk, ...]:
         """Pieces of other files, the most stable first, within the token budget.
 
+        A call within 1 s of the last one for the same file does no work unless pieces changed.
+
         Definitions of imported names come first, then recent pieces, oldest first.
         """
         del offset  # pieces that followed the cursor would spoil the server's cache
-        if not self.allows(path, text):
+        now = self._clock()
+        last_path, last_s, generation, chunks = self._last
+        is_fresh = now - last_s < RECHECK_S
+        if last_path == path and generation == self._generation and is_fresh:
+            return chunks
+        chunks = self._collect(path, text)
+        # After the work, which may itself have changed the generation.
+        self._last = (path, now, self._generation, chunks)
+        return chunks
+
+    def _collect(self, path: str, text: str) -> tuple[Chunk, ...]:
+        if self._rules.excludes(path):
             return ()
         if self._ring.drop(lambda chunk: self._rules.excludes(chunk.path)):
             self._generation += 1

@@ -11,6 +11,8 @@ from albor_lsp.ring import Chunk
 __all__ = ["ImportIndex"]
 
 MAX_FILE_BYTES: Final = 65_536
+MAX_HEAD_CHARS: Final = 8192
+"""Imports are looked for in so much of a file's start."""
 MAX_NEW_FILES: Final = 2
 """Files read in one call at most; the others wait for the next call."""
 MAX_NAMES: Final = 12
@@ -39,7 +41,7 @@ class ImportIndex:
             return ()
         num_new = 0
         found: dict[str, list[str]] = {}
-        for module, names in _IMPORT.findall(text[:MAX_FILE_BYTES]):
+        for module, names in _IMPORT.findall(text[:MAX_HEAD_CHARS]):
             file = self._file(path, module)
             if file is None:
                 continue

@@ -37,7 +37,7 @@ def detect_indent(text: str, default: Indent = Indent()) -> Indent:
 
 
 def tidy(text: str, before: str, after: str, indent: Indent) -> str | None:
-    """The part of an answer that is worth showing, with line feeds as line ends, or None for nothing.
+    """The part of an answer that is worth showing, or None; its line ends are line feeds.
 
     `before` and `after` are the code around the cursor, at least their nearest lines.
     """

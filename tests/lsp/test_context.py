@@ -61,7 +61,8 @@ def test_gitignore(tmp_path: Path) -> None:
 def test_chunks(tmp_path: Path) -> None:
     (tmp_path / ".gitignore").write_text("hidden.py\n")
     (tmp_path / "shapes.py").write_text(
-        'class Box:\n    """A box."""\n\n    def area(self, scale: float) -> float:\n        return 1\n'
+        'class Box:\n    """A box."""\n\n'
+        "    def area(self, scale: float) -> float:\n        return 1\n"
     )
     other = "\n".join(f"value_{i} = {i}" for i in range(20))
     context = ContextBuilder(tmp_path)
@@ -80,3 +81,18 @@ def test_chunks(tmp_path: Path) -> None:
     assert "A box." in chunks[0].text
     assert context.chunks("other.py", other, 0) == ()
     assert context.chunks(".env", text, 0) == ()
+
+
+def test_the_disk_is_asked_once_a_second(tmp_path: Path) -> None:
+    now = [0.0]
+    context = ContextBuilder(tmp_path, clock=lambda: now[0])
+    other = "\n".join(f"value_{i} = {i}" for i in range(20))
+    context.opened("other.py", other, "python")
+    assert [chunk.path for chunk in context.chunks("main.py", "", 0)] == ["other.py"]
+    (tmp_path / ".gitignore").write_text("other.py\n")
+    now[0] = 0.9
+    assert len(context.chunks("main.py", "", 0)) == 1
+    now[0] = 1.0
+    generation = context.generation
+    assert context.chunks("main.py", "", 0) == ()
+    assert context.generation == generation + 1
