@@ -30,6 +30,12 @@ _SECRET_TEXT: Final = re.compile(
     r"|\bhf_[A-Za-z0-9]{30}"
 )
 
+_SECRET_MARKS: Final = (
+    *("PRIVATE KEY", "AKIA", "ASIA", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_"),
+    *("glpat-", "xox", "sk-", "AIza", "hf_"),
+)
+"""One of these stands in every match; a search for plain strings is far faster."""
+
 
 def is_secret_name(path: str) -> bool:
     """Whether a file's name or folder says that it holds keys or passwords."""
@@ -41,7 +47,7 @@ def is_secret_name(path: str) -> bool:
 
 def holds_secret(text: str) -> bool:
     """Whether text holds a private key or a key of a well-known service."""
-    return _SECRET_TEXT.search(text) is not None
+    return any(mark in text for mark in _SECRET_MARKS) and _SECRET_TEXT.search(text) is not None
 
 
 class IgnoreRules:

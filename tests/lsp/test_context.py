@@ -44,6 +44,11 @@ def test_secrets() -> None:
     assert not is_secret_name("environment.py")
     assert holds_secret("-----BEGIN RSA PRIVATE KEY-----")
     assert not holds_secret("key = None")
+    for start, length in (("AKIA", 16), ("ASIA", 16), ("ghp_", 36), ("ghs_", 36), ("hf_", 30)):
+        assert holds_secret(f"key = '{start}{'A' * length}'"), start
+    for start, length in (("github_pat_", 22), ("glpat-", 20), ("xoxb-", 10), ("sk-", 20)):
+        assert holds_secret(f"key = '{start}{'a' * length}'"), start
+    assert holds_secret("AIza" + "b" * 35)
 
 
 def test_gitignore(tmp_path: Path) -> None:
