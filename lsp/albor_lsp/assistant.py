@@ -214,6 +214,7 @@ class Assistant:
             self._cache.clear()
             self._context = self._new_context()
             for opened in self._documents.values():
+                self._withdraw(opened)
                 document = opened.document
                 self._context.opened(opened.path, document.text, document.language)
 
@@ -635,11 +636,16 @@ class Assistant:
         opened = self._documents.pop(uri, None)
         if opened is not None:
             opened.ticket = object()
-            self._stop(opened.warming)
-            self._stop(opened.ahead)
-            if opened.flight is not None:
-                self._stop(opened.flight.task)
+            self._withdraw(opened)
             self._cache.drop(uri)
+
+    def _withdraw(self, opened: _Open) -> None:
+        """Give up all that is being asked about a document."""
+        self._stop(opened.warming)
+        self._stop(opened.ahead)
+        flight, opened.flight = opened.flight, None
+        if flight is not None:
+            self._stop(flight.task)
 
     def _new_context(self) -> ContextBuilder:
         settings = self._settings

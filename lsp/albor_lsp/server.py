@@ -79,6 +79,7 @@ class LanguageServer:
         self._launcher: Launcher | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._latency: dict[str, float] = {}
+        self._source = ""
         self._statistics = Statistics(statistics_path())
         peer.gate = self._gate
         peer.handlers |= {
@@ -402,6 +403,7 @@ class LanguageServer:
         if self._settings.statistics and explained.is_new:
             self._statistics.shown(explained.shown, explained.total_ms)
         self._latency = dict(explained.answer.timings) | {"shown_ms": round(explained.total_ms, 2)}
+        self._source = explained.source
         self._status()
 
     def _tell(self, health: Health) -> None:
@@ -428,6 +430,7 @@ class LanguageServer:
                 "model": health.model,
                 "server": health.address,
                 "latency": self._latency,
+                "source": self._source,
             },
         )
 
