@@ -472,6 +472,7 @@ async def soak(folder: Path, seconds: float, seed: int = 0) -> tuple[int, int, l
     memory: list[int] = []
     async with FakeServer() as server, editor(folder, server.url) as e:
         server.reply = lambda body: f"<{len(body['prompt'])}>"
+        e.patience_s = 600  # the machine may stop for others
         await e.hello(NEOVIM, initializationOptions={"otherFiles": False, "lookAhead": False})
         await e.wait_status("ready")
         for uri in uris:
