@@ -182,7 +182,7 @@ def llamacpp_router(host: Host) -> APIRouter:
     async def tokenize(request: Request) -> Response:
         value, num_bytes = await host.read_json(request)
         body = parse_body(TokenizeBody, value)
-        tokenizer = (await host.find_model(body.model)).engine.tokenizer
+        tokenizer = (await host.find_model(request, body.model)).engine.tokenizer
 
         def encode() -> list[int]:
             return tokenizer.encode(body.content, parse_special=body.parse_special)
@@ -199,7 +199,7 @@ def llamacpp_router(host: Host) -> APIRouter:
     async def detokenize(request: Request) -> Response:
         value, _ = await host.read_json(request)
         body = parse_body(DetokenizeBody, value)
-        tokenizer = (await host.find_model(body.model)).engine.tokenizer
+        tokenizer = (await host.find_model(request, body.model)).engine.tokenizer
         if not all(0 <= token_id < tokenizer.vocab_size for token_id in body.tokens):
             raise RequestError(
                 f"a token id is outside this model's vocabulary: use 0 to "
@@ -208,49 +208,51 @@ def llamacpp_router(host: Host) -> APIRouter:
             )
         return json_response({"content": tokenizer.decode(body.tokens).decode("utf-8", "replace")})
 
-    async def props() -> Response:
-        served = await host.find_model(None)
-        engine = served.engine
-        defaults = PlainBody(prompt="").sampling(engine.tokenizer)
-        settings = {
-            "n_ctx": engine.max_seq_len,
-            "params": {
+    async def props(request: Request) -> Response:
+        view = host.view_model(request.query_params.get("model"))
+        served = view.served
+        settings: dict[str, Any] = {}
+        if view.facts is not None:
+            settings["n_ctx"] = view.facts.max_seq_len
+        if served is not None:
+            defaults = PlainBody(prompt="").sampling(served.engine.tokenizer)
+            settings["params"] = {
                 "temperature": defaults.temperature,
                 "top_k": defaults.top_k,
                 "top_p": defaults.top_p,
                 "min_p": defaults.min_p,
                 "n_predict": -1,
-            },
-        }
+            }
         return json_response(
             {
                 "default_generation_settings": settings,
-                "total_slots": len(engine.stats().slots),
-                "model_alias": served.name,
+                "total_slots": len(view.stats.slots) if view.stats else 0,
+                "model_alias": view.name,
                 # Where the file lies is nobody's business.
-                "model_path": served.name,
+                "model_path": view.name,
                 "chat_template": "",
                 "modalities": {"vision": False, "audio": False},
                 "build_info": f"albor {__version__}",
-                "is_sleeping": False,
+                "is_sleeping": served is None,
             }
         )
 
     async def slots(request: Request) -> Response:
-        engine = (await host.find_model(None)).engine
-        views = engine.stats().slots
+        view = host.view_model(request.query_params.get("model"))
+        views = view.stats.slots if view.stats else ()
         wants_free = request.query_params.get("fail_on_no_slot", "") not in ("", "0")
-        if wants_free and all(view.is_busy for view in views):
+        if wants_free and views and all(slot.is_busy for slot in views):
             raise QueueFullError("every slot is busy: try again later")
+        max_seq_len = view.facts.max_seq_len if view.facts else 0
         states = [
             {
-                "id": view.index,
-                "n_ctx": engine.max_seq_len,
+                "id": slot.index,
+                "n_ctx": max_seq_len,
                 "speculative": False,
-                "is_processing": view.is_busy,
-                "n_prompt_tokens_cache": view.num_cached_tokens,
+                "is_processing": slot.is_busy,
+                "n_prompt_tokens_cache": slot.num_cached_tokens,
             }
-            for view in views
+            for slot in views
         ]
         return json_response(states)
 
