@@ -447,6 +447,23 @@ def test_how_long_a_round_trip_takes(tmp_path: Path) -> None:
     run(main())
 
 
+@pytest.mark.slow
+def test_how_long_the_start_takes(tmp_path: Path) -> None:
+    """From starting the process to the answer to initialize."""
+
+    async def once() -> float:
+        started = time.perf_counter()
+        async with editor(tmp_path, "http://127.0.0.1:9") as e:
+            await e.hello(VSCODE)
+            return (time.perf_counter() - started) * 1000
+
+    async def main() -> None:
+        times = [await once() for _ in range(11)]
+        print(f"\nstart: median {statistics.median(times):.0f} ms, most {max(times):.0f} ms")
+
+    run(main())
+
+
 def test_round_trips_of_a_long_file_are_answered(tmp_path: Path) -> None:
     async def main() -> None:
         assert len(await _round_trips(tmp_path, 20)) == 20
