@@ -19,10 +19,8 @@ export interface Facts {
     readonly reason: string;
     readonly server: ServerStatus | undefined;
     readonly paused: boolean;
-    /** Whether suggestions are on for the document in front; undefined without one. */
-    readonly enabled: boolean | undefined;
-    /** The name of that document's language. */
-    readonly language: string;
+    /** Why the document in front gets no suggestions; empty when it does. */
+    readonly off: string;
     /** From question to answer as the editor saw it; undefined before the first. */
     readonly lastMs: number | undefined;
 }
@@ -84,8 +82,8 @@ function headline(facts: Facts): [icon: string, state: string, warning: boolean]
     if (facts.paused) {
         return ["debug-pause", "paused", false];
     }
-    if (facts.enabled === false) {
-        return ["circle-slash", `off for ${facts.language}`, false];
+    if (facts.off !== "") {
+        return ["circle-slash", facts.off, false];
     }
     if (facts.phase === "waiting") {
         return ["warning", facts.reason, true];
