@@ -23,7 +23,7 @@ __all__ = ["CHROMIUM", "CODE_SERVER", "CodeServer", "Window", "wait_for"]
 CHROMIUM = os.environ.get("ALBOR_CHROMIUM") or shutil.which("chromium") or shutil.which("chrome")
 CODE_SERVER = os.environ.get("ALBOR_CODE_SERVER")
 
-WAIT_MS = 30_000
+WAIT_MS = 15_000
 START_S = 60.0
 STOP_S = 15.0
 TYPING_MS = 35
@@ -186,11 +186,12 @@ class Window:
     def __init__(self, page: Page, server: CodeServer, folder: Path) -> None:
         self.page = page
         self.server = server
+        self.folder = folder
         self.strangers: set[str] = set()
         page.set_default_timeout(WAIT_MS)
         page.on("request", self._note)
-        page.goto(server.url(folder), wait_until="domcontentloaded", timeout=2 * WAIT_MS)
-        page.wait_for_selector(".monaco-workbench .part.statusbar", timeout=2 * WAIT_MS)
+        page.goto(server.url(folder), wait_until="domcontentloaded", timeout=4 * WAIT_MS)
+        page.wait_for_selector(".monaco-workbench .part.statusbar", timeout=4 * WAIT_MS)
 
     def _note(self, request: Any) -> None:
         if request.url.startswith("http") and f"127.0.0.1:{self.server.port}" not in request.url:
@@ -200,25 +201,21 @@ class Window:
 
     def open(self, name: str) -> None:
         """Open a file of the folder by name and put the cursor at its end."""
-        self.page.keyboard.press("Control+p")
-        box = self.page.locator(".quick-input-widget input")
-        box.wait_for(state="visible")
-        box.fill(name)
-        row = self.page.locator(".quick-input-list .monaco-list-row", has_text=Path(name).name)
-        row.first.wait_for(state="visible")
-        self.page.keyboard.press("Enter")
-        self.page.locator(".tab.active", has_text=Path(name).name).wait_for()
+        self._choose("Control+p", name, f'[aria-label^="{name}"]')
+        self.page.locator(f'.tab.active[data-resource-name="{name}"]').wait_for()
         self.page.wait_for_selector(".editor-instance .view-line")
         self.page.keyboard.press("Control+End")
 
     def run(self, title: str) -> None:
         """Carry out a command of the palette by its full title."""
-        self.page.keyboard.press("F1")
+        self._choose("F1", ">" + title, f'[aria-label^="{title}"]')
+
+    def _choose(self, key: str, text: str, row: str) -> None:
+        self.page.keyboard.press(key)
         box = self.page.locator(".quick-input-widget input")
         box.wait_for(state="visible")
-        box.fill(">" + title)
-        row = self.page.locator(f'.quick-input-list .monaco-list-row[aria-label^="{title}"]')
-        row.first.click()
+        box.fill(text)
+        self.page.locator(f".quick-input-list .monaco-list-row{row}").first.click()
 
     def type(self, text: str, delay_ms: float = TYPING_MS) -> None:
         """Type, key by key."""
@@ -238,8 +235,21 @@ class Window:
 
     def ghost(self) -> str:
         """The ghost text now, lines joined; empty without any."""
-        parts = self.page.locator('.editor-instance [class*="ghost-text"]').all_text_contents()
-        return "\n".join(parts).replace("\u00a0", " ").replace("\u00b7", " ")
+        script = """() => {
+            const ghosts = [...document.querySelectorAll('.editor-instance [class*="ghost-text"]')];
+            const lines = new Map();
+            for (const ghost of ghosts) {
+                if (ghost.parentElement.closest('[class*="ghost-text"]')) continue;
+                const line = ghost.closest('.view-line') ?? ghost;
+                lines.set(line, (lines.get(line) ?? '') + ghost.textContent);
+            }
+            const top = (line) => line.getBoundingClientRect().top;
+            const sorted = [...lines].sort((a, b) => top(a[0]) - top(b[0]));
+            return sorted.map((entry) => entry[1]).join('\\n');
+        }"""
+        text = self.page.evaluate(script)
+        assert isinstance(text, str)
+        return text.replace("\u00a0", " ").replace("\u00b7", " ")
 
     def wait_ghost(self, text: str = "", seconds: float = WAIT_MS / 1000) -> str:
         """Wait for ghost text that holds `text`, and return it."""
@@ -253,7 +263,7 @@ class Window:
     def code(self) -> str:
         """The text of the editor in front as a copy of it would give it, ghost text left out."""
         script = """() => {
-            const lines = [...document.querySelectorAll('.editor-instance .view-line')];
+            const lines = [...document.querySelectorAll('.editor-instance .view-lines > .view-line')];
             lines.sort((a, b) => parseFloat(a.style.top) - parseFloat(b.style.top));
             return lines.map((line) => {
                 const copy = line.cloneNode(true);
@@ -281,6 +291,17 @@ class Window:
             seconds,
         )
         return found
+
+    def pick(self, label: str) -> None:
+        """Pick an entry of the list that is open."""
+        self.page.locator(".quick-input-list .monaco-list-row", has_text=label).first.click()
+
+    def text_of_tab(self, title: str) -> str:
+        """The text of the page that is open under `title`, as soon as there is any."""
+        tab = self.page.locator(f'.tab[data-resource-name="{title}"]')
+        lines = self.page.locator(".editor-group-container", has=tab).locator(".view-line")
+        found: str = wait_for(lambda: "\n".join(lines.all_text_contents()), f"text of {title}")
+        return found.replace("\u00a0", " ")
 
     def notifications(self) -> list[str]:
         """The boxes that have popped up."""

@@ -78,7 +78,7 @@ def main() -> None:
         script = json.loads(script_path.read_text())
         method, params = message.get("method", ""), message.get("params")
         with log_path.open("a") as log:
-            log.write(json.dumps({"pid": os.getpid(), "method": method, "params": params}) + "\n")
+            log.write(json.dumps({"pid": os.getpid(), "method": method, "params": params, "result": message.get("result")}) + "\n")
         if method == script.get("die_on") or method == "exit":
             sys.exit(1)
         if method == "textDocument/didOpen":
@@ -87,6 +87,9 @@ def main() -> None:
             texts[params["textDocument"]["uri"]] = params["contentChanges"][-1]["text"].split("\n")
         elif method == "initialized" and "status" in script:
             send({"method": "albor/status", "params": script["status"]})
+        if method in ("initialized", "workspace/didChangeConfiguration"):
+            items = {"items": [{"section": "albor"}]}
+            send({"id": "settings", "method": "workspace/configuration", "params": items})
         if "id" in message and method:
             send({"id": message["id"], "result": answer(method, params, script)})
 

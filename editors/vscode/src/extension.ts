@@ -29,22 +29,20 @@ export function activate(context: vscode.ExtensionContext): void {
             vscode.commands.executeCommand("editor.action.inlineSuggest.acceptNextWord"),
         "albor.acceptLine": () =>
             vscode.commands.executeCommand("editor.action.inlineSuggest.acceptNextLine"),
-        "albor.toggle": async () => {
-            say("everywhere", await toggleEverywhere());
-        },
+        "albor.toggle": toggleEverywhere,
         "albor.toggleLanguage": async () => {
             const language = vscode.window.activeTextEditor?.document.languageId;
             if (language === undefined) {
                 hint("albor: open a file of the language first");
             } else {
-                say(`for ${language}`, await toggleLanguage(language));
+                await toggleLanguage(language);
             }
         },
         "albor.toggleWorkspace": async () => {
             if ((vscode.workspace.workspaceFolders ?? []).length === 0) {
                 hint("albor: no workspace is open");
             } else {
-                say("in this workspace", await toggleWorkspace());
+                await toggleWorkspace();
             }
         },
         "albor.togglePause": () => {
@@ -167,10 +165,6 @@ async function install(current: Session): Promise<void> {
     terminal.show();
     terminal.sendText(picked.command, true);
     current.lookForProgram();
-}
-
-function say(where: string, on: boolean): void {
-    hint(`albor: suggestions ${where} are ${on ? "on" : "off"}`);
 }
 
 /** A line in the status bar for some seconds; no box. */

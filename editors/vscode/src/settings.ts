@@ -2,6 +2,8 @@
 
 import * as vscode from "vscode";
 
+import { decide, flipped, type Values } from "./decide";
+
 /** Every setting's name starts with this. */
 export const SECTION = "albor";
 
@@ -21,7 +23,24 @@ export function programPath(): string {
 
 /** Whether suggestions are on for the document, by its language, folder and workspace. */
 export function isEnabled(document: vscode.TextDocument): boolean {
-    return vscode.workspace.getConfiguration(SECTION, document).get("enabled", true);
+    return decide(enabledValues(document));
+}
+
+/** Places in `Values`, narrowest first. */
+const WORKSPACE = 1;
+const PERSON = 2;
+
+/** What was set for a document, for a language (`{ languageId }`), or for none (undefined). */
+function enabledValues(scope: vscode.ConfigurationScope | undefined): Values {
+    const said = vscode.workspace.getConfiguration(SECTION, scope).inspect<boolean>("enabled");
+    return {
+        places: [
+            { plain: said?.workspaceFolderValue, language: said?.workspaceFolderLanguageValue },
+            { plain: said?.workspaceValue, language: said?.workspaceLanguageValue },
+            { plain: said?.globalValue, language: said?.globalLanguageValue },
+        ],
+        byDefault: said?.defaultLanguageValue ?? said?.defaultValue ?? true,
+    };
 }
 
 /** Whether suggestions come by themselves, not only when asked for. */
@@ -67,26 +86,27 @@ export function forServer(section: unknown): unknown {
     return Object.fromEntries(Object.entries(section).filter(([name]) => !OWN.includes(name)));
 }
 
-/** Turn suggestions on or off for the person, everywhere; returns the new value. */
-export async function toggleEverywhere(): Promise<boolean> {
-    const settings = vscode.workspace.getConfiguration(SECTION);
-    const value = !(settings.inspect<boolean>("enabled")?.globalValue ?? true);
-    await settings.update("enabled", value, vscode.ConfigurationTarget.Global);
-    return value;
+/** Turn suggestions on or off for the person, everywhere. */
+export async function toggleEverywhere(): Promise<void> {
+    const { places, byDefault } = enabledValues(undefined);
+    const value = flipped({ places: places.slice(PERSON), byDefault }, 0, "plain");
+    await vscode.workspace
+        .getConfiguration(SECTION)
+        .update("enabled", value, vscode.ConfigurationTarget.Global);
 }
 
-/** Turn suggestions on or off in the open workspace; returns the new value. */
-export async function toggleWorkspace(): Promise<boolean> {
-    const settings = vscode.workspace.getConfiguration(SECTION);
-    const value = !settings.get("enabled", true);
-    await settings.update("enabled", value, vscode.ConfigurationTarget.Workspace);
-    return value;
+/** Turn suggestions on or off in the open workspace. */
+export async function toggleWorkspace(): Promise<void> {
+    const value = flipped(enabledValues(undefined), WORKSPACE, "plain");
+    await vscode.workspace
+        .getConfiguration(SECTION)
+        .update("enabled", value, vscode.ConfigurationTarget.Workspace);
 }
 
-/** Turn suggestions on or off for a language, everywhere; returns the new value. */
-export async function toggleLanguage(languageId: string): Promise<boolean> {
-    const settings = vscode.workspace.getConfiguration(SECTION, { languageId });
-    const value = !settings.get("enabled", true);
-    await settings.update("enabled", value, vscode.ConfigurationTarget.Global, true);
-    return value;
+/** Turn suggestions on or off for a language, everywhere. */
+export async function toggleLanguage(languageId: string): Promise<void> {
+    const value = flipped(enabledValues({ languageId }), PERSON, "language");
+    await vscode.workspace
+        .getConfiguration(SECTION, { languageId })
+        .update("enabled", value, vscode.ConfigurationTarget.Global, true);
 }
