@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from playwright.sync_api import Page
+from playwright.sync_api import Page, TimeoutError
 
 __all__ = ["CHROMIUM", "CODE_SERVER", "CodeServer", "Window", "wait_for"]
 
@@ -24,6 +24,8 @@ CHROMIUM = os.environ.get("ALBOR_CHROMIUM") or shutil.which("chromium") or shuti
 CODE_SERVER = os.environ.get("ALBOR_CODE_SERVER")
 
 WAIT_MS = 15_000
+TRIES = 3
+TRY_MS = 4_000
 START_S = 60.0
 STOP_S = 15.0
 TYPING_MS = 35
@@ -47,6 +49,7 @@ SETTINGS: dict[str, Any] = {
     "update.mode": "none",
     "window.restoreWindows": "none",
     "workbench.editor.enablePreview": False,
+    "workbench.editor.useModal": "off",
     "workbench.secondarySideBar.defaultVisibility": "hidden",
     "workbench.startupEditor": "none",
 }
@@ -87,7 +90,8 @@ class CodeServer:
         self._user_data = home / "user-data"
         self._extensions = home / "extensions"
         (self._user_data / "User").mkdir(parents=True)
-        self.write_settings(settings)
+        path = self._user_data / "User" / "settings.json"
+        path.write_text(json.dumps(SETTINGS | dict(settings), indent=1))
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("ALBOR_", "VSCODE_"))}
         self._environment = (
             kept | {"EXTENSIONS_GALLERY": "{}", "HOME": str(home)} | dict(environment)
@@ -135,10 +139,6 @@ class CodeServer:
             return bool(answer.status == 200)
         return False
 
-    def write_settings(self, settings: Mapping[str, Any]) -> None:
-        """Replace the user's settings; a running editor takes them up by itself."""
-        path = self._user_data / "User" / "settings.json"
-        path.write_text(json.dumps(SETTINGS | dict(settings), indent=1))
 
     def settings(self) -> dict[str, Any]:
         """The user's settings as they are on disk."""
@@ -210,12 +210,42 @@ class Window:
         """Carry out a command of the palette by its full title."""
         self._choose("F1", ">" + title, f'[aria-label^="{title}"]')
 
+    def set(self, settings: Mapping[str, Any]) -> None:
+        """Replace the user's settings, in the editor: this build does not watch the file."""
+        wanted = SETTINGS | dict(settings)
+        if self.server.settings() == wanted:
+            return
+        front = self.page.locator(".tab.active").get_attribute("data-resource-name")
+        self.run("Preferences: Open User Settings (JSON)")
+        self.page.locator('.tab.active[data-resource-name="settings.json"]').wait_for()
+        self.page.locator(".editor-instance .monaco-editor.focused").first.wait_for()
+        self.page.keyboard.press("Control+a")
+        self.page.keyboard.press("Delete")
+        wait_for(lambda: self.code() == "", "empty settings")
+        self.page.keyboard.insert_text(json.dumps(wanted))
+        self.save()
+        assert self.server.settings() == wanted
+        self.run("View: Close Editor")
+        if front is not None:
+            self.page.locator(f'.tab.active[data-resource-name="{front}"]').wait_for()
+
     def _choose(self, key: str, text: str, row: str) -> None:
-        self.page.keyboard.press(key)
         box = self.page.locator(".quick-input-widget input")
-        box.wait_for(state="visible")
-        box.fill(text)
-        self.page.locator(f".quick-input-list .monaco-list-row{row}").first.click()
+        list_row = self.page.locator(f".quick-input-list .monaco-list-row{row}").first
+        for attempt in range(TRIES):
+            # Whatever takes the focus at this moment closes the list.
+            try:
+                box.wait_for(state="hidden", timeout=TRY_MS)
+                self.page.keyboard.press(key)
+                box.wait_for(state="visible", timeout=TRY_MS)
+                box.fill(text, timeout=TRY_MS)
+                list_row.click(timeout=TRY_MS)
+            except TimeoutError:
+                if attempt == TRIES - 1:
+                    raise
+                self.page.keyboard.press("Escape")
+            else:
+                return
 
     def type(self, text: str, delay_ms: float = TYPING_MS) -> None:
         """Type, key by key."""
@@ -300,7 +330,9 @@ class Window:
         """The text of the page that is open under `title`, as soon as there is any."""
         tab = self.page.locator(f'.tab[data-resource-name="{title}"]')
         lines = self.page.locator(".editor-group-container", has=tab).locator(".view-line")
-        found: str = wait_for(lambda: "\n".join(lines.all_text_contents()), f"text of {title}")
+        found: str = wait_for(
+            lambda: "\n".join(lines.all_text_contents()).strip(), f"text of {title}"
+        )
         return found.replace("\u00a0", " ")
 
     def notifications(self) -> list[str]:
