@@ -140,10 +140,10 @@ class CodeServer:
         return False
 
 
-    def settings(self) -> dict[str, Any]:
-        """The user's settings as they are on disk."""
-        text = (self._user_data / "User" / "settings.json").read_text()
-        found: dict[str, Any] = json.loads(text)
+    def settings(self, where: str = "User") -> dict[str, Any]:
+        """The settings on disk: the person's (`User`), or the machine's (`Machine`)."""
+        path = self._user_data / where / "settings.json"
+        found: dict[str, Any] = json.loads(path.read_text() or "{}") if path.exists() else {}
         return found
 
     def url(self, folder: Path) -> str:
@@ -211,12 +211,19 @@ class Window:
         self._choose("F1", ">" + title, f'[aria-label^="{title}"]')
 
     def set(self, settings: Mapping[str, Any]) -> None:
-        """Replace the user's settings, in the editor: this build does not watch the file."""
-        wanted = SETTINGS | dict(settings)
-        if self.server.settings() == wanted:
+        """Replace the person's settings, in the editor: this build does not watch the file."""
+        self._set("User", SETTINGS | dict(settings))
+
+    def set_machine(self, settings: Mapping[str, Any]) -> None:
+        """Replace the settings of the machine that the extension runs on."""
+        self._set("Remote", settings)
+
+    def _set(self, title: str, wanted: Mapping[str, Any]) -> None:
+        where = {"User": "User", "Remote": "Machine"}[title]
+        if self.server.settings(where) == wanted:
             return
         front = self.page.locator(".tab.active").get_attribute("data-resource-name")
-        self.run("Preferences: Open User Settings (JSON)")
+        self.run(f"Preferences: Open {title} Settings (JSON)")
         self.page.locator('.tab.active[data-resource-name="settings.json"]').wait_for()
         self.page.locator(".editor-instance .monaco-editor.focused").first.wait_for()
         self.page.keyboard.press("Control+a")
@@ -224,7 +231,7 @@ class Window:
         wait_for(lambda: self.code() == "", "empty settings")
         self.page.keyboard.insert_text(json.dumps(wanted))
         self.save()
-        assert self.server.settings() == wanted
+        assert self.server.settings(where) == wanted
         self.run("View: Close Editor")
         if front is not None:
             self.page.locator(f'.tab.active[data-resource-name="{front}"]').wait_for()

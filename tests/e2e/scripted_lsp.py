@@ -79,7 +79,9 @@ def main() -> None:
         method, params = message.get("method", ""), message.get("params")
         with log_path.open("a") as log:
             log.write(json.dumps({"pid": os.getpid(), "method": method, "params": params, "result": message.get("result")}) + "\n")
-        if method == script.get("die_on") or method == "exit":
+        if method == "exit":
+            return
+        if method == script.get("die_on"):
             sys.exit(1)
         if method == "textDocument/didOpen":
             texts[params["textDocument"]["uri"]] = params["textDocument"]["text"].split("\n")

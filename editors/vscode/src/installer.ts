@@ -17,11 +17,13 @@ export interface Way {
  */
 export function ways(machine: Machine): Way[] {
     const offered: Way[] = [];
-    if (has("uv", machine)) {
-        offered.push({ tool: "uv", command: "uv tool install albor" });
+    const uv = runnable("uv", machine);
+    if (uv !== undefined) {
+        offered.push({ tool: "uv", command: `${uv} tool install albor` });
     }
-    if (has("pipx", machine)) {
-        offered.push({ tool: "pipx", command: "pipx install albor" });
+    const pipx = runnable("pipx", machine);
+    if (pipx !== undefined) {
+        offered.push({ tool: "pipx", command: `${pipx} install albor` });
     }
     if (offered.length === 0) {
         const python = machine.platform === "win32" ? "py" : "python3";
@@ -30,12 +32,23 @@ export function ways(machine: Machine): Way[] {
     return offered;
 }
 
-function has(tool: string, machine: Machine): boolean {
+/** How a terminal calls `tool`: by name where the PATH has it, else by its place; or undefined. */
+function runnable(tool: string, machine: Machine): string | undefined {
     const windows = machine.platform === "win32";
     const kind = windows ? path.win32 : path.posix;
-    const folders = (machine.env["PATH"] ?? machine.env["Path"] ?? "").split(windows ? ";" : ":");
-    folders.push(kind.join(machine.home, ".local", "bin"), kind.join(machine.home, ".cargo", "bin"));
-    return folders
-        .filter((folder) => kind.isAbsolute(folder))
-        .some((folder) => machine.canRun(kind.join(folder, windows ? `${tool}.exe` : tool)));
+    const file = windows ? `${tool}.exe` : tool;
+    const here = (folder: string): boolean =>
+        kind.isAbsolute(folder) && machine.canRun(kind.join(folder, file));
+    const onPath = (machine.env["PATH"] ?? machine.env["Path"] ?? "").split(windows ? ";" : ":");
+    if (onPath.some(here)) {
+        return tool;
+    }
+    const home = [".local", ".cargo"].map((name) => kind.join(machine.home, name, "bin"));
+    const folder = home.find(here);
+    if (folder === undefined) {
+        return undefined;
+    }
+    const full = kind.join(folder, file);
+    // PowerShell runs a quoted path only after its call operator; cmd knows none.
+    return full.includes(" ") ? (windows ? `& "${full}"` : `"${full}"`) : full;
 }

@@ -142,7 +142,9 @@ export class Session implements vscode.Disposable {
         clearTimeout(this.#retry);
         const found = find(programPath(), MACHINE);
         if ("reason" in found) {
-            this.#log.warn(`albor is not installed: ${found.reason}`);
+            if (this.reason !== found.reason) {
+                this.#log.warn(found.reason);
+            }
             this.#show("missing", found.reason);
             return;
         }

@@ -84,3 +84,10 @@ test("uv is offered before pipx, pip only without both", () => {
     assert.deepEqual(tools([]), ["pip"]);
     assert.equal(ways(machine(["/usr/bin/uv"]))[0]?.command, "uv tool install albor");
 });
+
+test("a tool that the PATH lacks is called by its place", () => {
+    const commands = (home: string): (string | undefined)[] =>
+        ways(machine([`${home}/.local/bin/pipx`], { home })).map((way) => way.command);
+    assert.deepEqual(commands("/home/ada"), ["/home/ada/.local/bin/pipx install albor"]);
+    assert.deepEqual(commands("/home/a b"), ['"/home/a b/.local/bin/pipx" install albor']);
+});
