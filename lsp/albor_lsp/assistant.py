@@ -1,0 +1,633 @@
+"""The assistant: follows open documents, and answers what to suggest at a cursor.
+
+It knows nothing of LSP's wire; a language server is a thin shell around it, and tests and
+benchmarks drive it directly. All of it runs in one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import uuid
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import unquote, urlsplit
+
+from albor_lsp.completion_cache import CompletionCache, Key
+from albor_lsp.context import Chunk, ContextBuilder, Window
+from albor_lsp.document import Change, Document, Encoding, Point, Position
+from albor_lsp.errors import LspError, ServerDown
+from albor_lsp.policy import Debounce, Decision, should_ask
+from albor_lsp.service import Answer, Ask, Service, now_ms
+from albor_lsp.settings import Settings
+from albor_lsp.tidy import indent_of, tidy
+
+__all__ = ["Assistant", "Explained", "Selected", "Suggestion"]
+
+NUM_CHOICES: Final = 3
+"""Suggestions to choose from when the person asked."""
+CHOICE_TEMPERATURE: Final = 0.6
+WARM_TOKENS: Final = 0
+MAX_REMEMBERED: Final = 64
+JUMP_LINES: Final = 32
+_PAIRS: Final = ("()", "[]", "{}", '""', "''", "``")
+
+_log = logging.getLogger("albor_lsp")
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """The entry that is selected in the editor's completion menu."""
+
+    start: Point
+    end: Point
+    text: str
+    """What would stand in the range."""
+
+
+@dataclass(frozen=True, slots=True)
+class Suggestion:
+    """Text to offer.
+
+    Attributes:
+        start, end: what `text` replaces; both are the cursor but for a menu's selected entry.
+        id: for `Assistant.accepted`.
+    """
+
+    id: str
+    text: str
+    start: Point
+    end: Point
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """How a suggestion came to be."""
+
+    query: _Query
+    shown: str
+    answer: Answer
+    source: str
+    """computed, joined, cached or ahead."""
+    total_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Query:
+    """A cursor in a text, ready to be asked about."""
+
+    opened: _Open
+    point: Point
+    window: Window
+    chunks: tuple[Chunk, ...]
+    decision: Decision
+    key: Key
+    typed_ahead: str = ""
+
+    @property
+    def prefix(self) -> str:
+        """All that an answer goes on from."""
+        return self.window.prefix + self.typed_ahead
+
+
+class _Flight:
+    """A question on its way. Whoever waits is woken at each piece of text and at the end."""
+
+    def __init__(self, query: _Query) -> None:
+        self.query = query
+        self.text = ""
+        self.answer: Answer | None = None
+        self.error: Exception | None = None
+        self.task: asyncio.Task[None] | None = None
+        self._waiting: list[asyncio.Future[None]] = []
+
+    @property
+    def is_done(self) -> bool:
+        return self.answer is not None or self.error is not None
+
+    def add(self, piece: str) -> None:
+        self.text += piece
+        self.wake()
+
+    def wake(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for each in waiting:
+            if not each.done():
+                each.set_result(None)
+
+    async def changed(self) -> None:
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        await future
+
+    def typed_since(self, query: _Query) -> str | None:
+        """What was typed since it was asked; None where its answer can't fit any more."""
+        if query.key != self.query.key or not query.prefix.startswith(self.query.prefix):
+            return None
+        typed = query.prefix[len(self.query.prefix) :]
+        if self.text.startswith(typed):
+            return typed
+        # Still short: go on while it agrees, unless nothing of it is there yet to judge by.
+        agrees = bool(self.text) and typed.startswith(self.text) and not self.is_done
+        return typed if agrees else None
+
+
+@dataclass(slots=True)
+class _Open:
+    """An open document and what is being done for it."""
+
+    document: Document
+    path: str
+    session: str
+    flight: _Flight | None = None
+    ticket: object | None = None
+    """Of the latest question; an older one gives up when it sees another's."""
+    warming: asyncio.Task[None] | None = None
+    ahead: asyncio.Task[None] | None = None
+    point: Point = Point(0, 0)
+    asked_at: int = -1
+    """Number of changes when a person's cursor was last asked about."""
+    num_changes: int = 0
+    shown: str = ""
+    recent: deque[str] = field(default_factory=lambda: deque(maxlen=2))
+
+
+class Assistant:
+    """Suggestions for one editor.
+
+    Args:
+        service: the completion server.
+        settings: may be replaced while it runs, by assigning the attribute.
+        root: the project's folder, if any.
+        on_answer: called with (Explained) after each suggestion.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        settings: Settings,
+        root: Path | None = None,
+        *,
+        on_answer: Callable[[Explained], None] = lambda _explained: None,
+        on_accept: Callable[[Explained], None] = lambda _explained: None,
+    ) -> None:
+        self.service = service
+        self.root = root
+        self.is_paused = False
+        self.last: Explained | None = None
+        self._settings = settings
+        self._on_answer = on_answer
+        self._on_accept = on_accept
+        self._documents: dict[str, _Open] = {}
+        self._cache: CompletionCache[Answer] = CompletionCache()
+        self._context = self._new_context()
+        self._debounce = Debounce()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._shown: dict[str, Explained] = {}
+        self._ids = count(1)
+        self._run = uuid.uuid4().hex[:8]
+        self._num_asking = 0
+
+    @property
+    def settings(self) -> Settings:
+        """What the person chose; assign to change."""
+        return self._settings
+
+    @settings.setter
+    def settings(self, settings: Settings) -> None:
+        if settings != self._settings:
+            self._settings = settings
+            self._cache.clear()
+            self._context = self._new_context()
+            for opened in self._documents.values():
+                document = opened.document
+                self._context.opened(opened.path, document.text, document.language)
+
+    async def close(self) -> None:
+        """Cancel all work."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def open(self, uri: str, language: str, text: str, version: int = 0) -> None:
+        """A document was opened."""
+        path = self._path(uri)
+        digest = hashlib.sha256(uri.encode("utf-8", "replace")).hexdigest()[:12]
+        opened = _Open(Document(uri, language, text, version), path, f"{self._run}-{digest}")
+        self._close(uri)
+        self._documents[uri] = opened
+        self._context.opened(path, text, language)
+        self._warm(opened)
+
+    def change(
+        self, uri: str, changes: Sequence[Change], encoding: Encoding, version: int = 0
+    ) -> None:
+        """A document was edited. For one that is not open it does nothing."""
+        opened = self._documents.get(uri)
+        if opened is None or not changes:
+            return
+        document = opened.document
+        end = document.apply(changes, encoding, version)
+        opened.num_changes += 1
+        if changes[-1].text in _PAIRS:
+            # Editors close brackets and quotes: the cursor stands between.
+            end = Point(end.line, end.column - 1)
+        opened.point = end
+        self._context.edited(opened.path, lambda: document.text, end.line)
+        typed = changes[-1].start is not None and len(changes[-1].text) <= 256
+        if self._settings.prefetch and typed and len(changes) == 1:
+            self._later(self._prefetch, opened, opened.num_changes)
+        else:
+            self._warm(opened)
+
+    def save(self, uri: str) -> None:
+        """A document was saved."""
+        opened = self._documents.get(uri)
+        if opened is not None:
+            self._context.saved(opened.path, opened.document.text)
+
+    def close_document(self, uri: str) -> None:
+        """A document was closed."""
+        self._close(uri)
+
+    def document(self, uri: str) -> Document | None:
+        """An open document."""
+        opened = self._documents.get(uri)
+        return None if opened is None else opened.document
+
+    def complete(
+        self,
+        uri: str,
+        position: Position,
+        encoding: Encoding,
+        *,
+        invoked: bool = False,
+        selected: Selected | None = None,
+    ) -> Coroutine[Any, Any, list[Suggestion]]:
+        """What to suggest at a cursor, best first; await the result.
+
+        The text and cursor are taken when this is called. A later call for the same document
+        makes this one return nothing. Without a server, and for a document that is not open, the
+        answer is nothing, never an error.
+        """
+        opened = self._documents.get(uri)
+        if opened is None:
+            return _nothing()
+        point = opened.document.point(position, encoding)
+        moved = abs(point.line - opened.point.line)
+        opened.point = point
+        opened.asked_at = opened.num_changes
+        opened.ticket = object()
+        if opened.flight is not None:
+            opened.flight.wake()
+        if moved > JUMP_LINES:
+            self._context.jumped(opened.path, point.line)
+        if not self._wants(opened, invoked=invoked):
+            return _nothing()
+        query = self._query(opened, point, invoked=invoked, selected=selected)
+        if query is None:
+            return _nothing()
+        if not query.decision.ask:
+            self._warm(opened)
+            return _nothing()
+        return self._suggestions(query, opened.ticket, invoked=invoked, selected=selected)
+
+    def accepted(self, suggestion_id: str) -> None:
+        """The person took a suggestion over."""
+        explained = self._shown.get(suggestion_id)
+        if explained is not None:
+            self._on_accept(explained)
+
+    def explained(self, suggestion_id: str | None = None) -> Explained | None:
+        """How a suggestion, or the last one, came to be."""
+        return self.last if suggestion_id is None else self._shown.get(suggestion_id)
+
+    async def probabilities(self, explained: Explained) -> tuple[tuple[str, float], ...]:
+        """The tokens of a suggestion with their log-probabilities; asks the server again."""
+        ask = self._ask(explained.query)
+        ask = replace(ask, logprobs=True, supersede=False, drafts=(), min_confidence=0.0)
+        return (await self.service.complete(ask)).tokens
+
+    # --- questions ---
+
+    def _wants(self, opened: _Open, *, invoked: bool) -> bool:
+        if self.is_paused or not self._settings.enabled:
+            return False
+        if opened.document.language in self._settings.disabled_languages and not invoked:
+            return False
+        if not self.service.is_ready:
+            self.service.start()
+            return False
+        return True
+
+    def _query(
+        self,
+        opened: _Open,
+        point: Point,
+        *,
+        invoked: bool = False,
+        selected: Selected | None = None,
+    ) -> _Query | None:
+        document, typed_ahead = opened.document, ""
+        if selected is not None:
+            line = document.lines[point.line]
+            typed = line[selected.start.column : point.column]
+            if selected.start.line != point.line or not selected.text.startswith(typed):
+                return None
+            typed_ahead = selected.text[len(typed) :]
+        window = self._context.window(document.lines, point.line, point.column)
+        decision = should_ask(
+            window.prefix + typed_ahead, window.suffix, document.language, invoked=invoked
+        )
+        if not self._settings.multiline and decision.stop_scope != "line":
+            decision = replace(decision, stop_scope="line")
+        chunks: tuple[Chunk, ...] = ()
+        if self._settings.other_files:
+            chunks = self._context.chunks(opened.path, window.prefix, window.suffix)
+        key = Key(
+            uri=document.uri,
+            model=f"{self.service.generation}:{self.service.model}",
+            generation=window.generation,
+            suffix=window.suffix,
+            scope="invoked" if invoked else "",
+        )
+        return _Query(opened, point, window, chunks, decision, key, typed_ahead)
+
+    def _ask(self, query: _Query) -> Ask:
+        settings = self._settings
+        opened = query.opened
+        return Ask(
+            prefix=query.window.prefix,
+            suffix=query.window.suffix,
+            path=opened.path,
+            session=opened.session,
+            chunks=query.chunks,
+            max_tokens=min(query.decision.max_tokens, settings.max_tokens),
+            stop_scope=query.decision.stop_scope,
+            typed_ahead=query.typed_ahead,
+            drafts=tuple(opened.recent) if settings.drafts else (),
+            min_confidence=settings.min_confidence,
+            first_token_budget_ms=settings.first_token_budget_ms,
+            deadline_ms=settings.deadline_ms,
+        )
+
+    async def _suggestions(
+        self,
+        query: _Query,
+        ticket: object,
+        *,
+        invoked: bool,
+        selected: Selected | None,
+    ) -> list[Suggestion]:
+        started = now_ms()
+        try:
+            text, answer, source = await self._text(query, ticket, invoked=invoked)
+            texts = [text]
+            if invoked:
+                texts += await self._others(query)
+        except LspError as error:
+            _log.info("no suggestion: %s", error)
+            return []
+        if query.opened.ticket is not ticket:
+            return []
+        document = query.opened.document
+        indent = indent_of(document.lines[:500])
+        shown = []
+        for each in texts:
+            kept = tidy(each, query.prefix, query.window.suffix, indent)
+            if kept is not None and kept not in shown:
+                shown.append(kept)
+        if not shown:
+            return []
+        explained = Explained(query, shown[0], answer, source, now_ms() - started)
+        query.opened.shown = shown[0]
+        self.last = explained
+        self._on_answer(explained)
+        if self._settings.look_ahead:
+            self._look_ahead(query, shown[0])
+        return [self._suggestion(query, each, explained, selected) for each in shown]
+
+    def _suggestion(
+        self, query: _Query, text: str, explained: Explained, selected: Selected | None
+    ) -> Suggestion:
+        name = f"{self._run}-{next(self._ids)}"
+        self._shown[name] = replace(explained, shown=text)
+        while len(self._shown) > MAX_REMEMBERED:
+            del self._shown[next(iter(self._shown))]
+        if selected is not None:
+            return Suggestion(name, selected.text + text, selected.start, selected.end)
+        return Suggestion(name, text, query.point, query.point)
+
+    async def _text(
+        self, query: _Query, ticket: object, *, invoked: bool
+    ) -> tuple[str, Answer, str]:
+        """(what follows the prefix, the answer it is from, where it was found)."""
+        found = self._found(query)
+        if found is not None:
+            return found[0], found[1], "cached"
+        delay_ms = 0.0 if invoked else self._delay_ms()
+        if delay_ms and not self._joins(query):
+            await asyncio.sleep(delay_ms / 1000)
+            found = self._found(query)
+            if found is not None:
+                return found[0], found[1], "cached"
+        source = "joined" if self._joins(query) else "computed"
+        flight = self._fly(query)
+        while query.opened.ticket is ticket:
+            typed = flight.typed_since(query)
+            if typed is None or (flight.is_done and typed and flight.text == typed):
+                flight = self._fly(query)
+            elif flight.error is not None:
+                raise flight.error
+            elif flight.answer is not None:
+                return flight.text[len(typed) :], flight.answer, source
+            else:
+                await flight.changed()
+        return "", Answer(()), "replaced"
+
+    async def _others(self, query: _Query) -> list[str]:
+        """More suggestions, less likely ones."""
+        ask = replace(
+            self._ask(query),
+            num_choices=NUM_CHOICES,
+            temperature=CHOICE_TEMPERATURE,
+            supersede=False,
+            drafts=(),
+            min_confidence=0.0,
+        )
+        try:
+            return list((await self.service.complete(ask)).texts)
+        except LspError:
+            return []
+
+    def _found(self, query: _Query) -> tuple[str, Answer] | None:
+        return self._cache.find(query.key, query.prefix, type_through=self._settings.type_through)
+
+    def _joins(self, query: _Query) -> bool:
+        flight = query.opened.flight
+        if flight is None or flight.error is not None:
+            return False
+        typed = flight.typed_since(query)
+        if typed is None or (typed and not self._settings.type_through):
+            return False
+        return not (flight.is_done and typed == flight.text and typed)
+
+    def _fly(self, query: _Query) -> _Flight:
+        """The question that is on its way where its answer will do, else a new one."""
+        opened = query.opened
+        if opened.flight is not None and self._joins(query):
+            return opened.flight
+        self._stop(opened.ahead)
+        if opened.flight is not None:
+            self._stop(opened.flight.task)
+        flight = opened.flight = _Flight(query)
+        flight.task = self._spawn(self._carry_out(flight))
+        return flight
+
+    async def _carry_out(self, flight: _Flight) -> None:
+        query = flight.query
+        started = now_ms()
+        self._num_asking += 1
+        try:
+            answer = await self.service.complete(self._ask(query), flight.add)
+            text = answer.texts[0] if answer.texts else ""
+            flight.text = text
+            flight.answer = answer
+            self._cache.put(query.key, query.prefix, text, answer)
+            self._debounce.observe(now_ms() - started, busy=self._num_asking > 1)
+            if text.strip():
+                query.opened.recent.append(text)
+            if answer.is_cut:
+                self._warm(query.opened)
+        except LspError as error:
+            flight.error = error
+        finally:
+            self._num_asking -= 1
+            if not flight.is_done:
+                flight.error = ServerDown("the question was withdrawn")
+            if query.opened.flight is flight and flight.error is not None:
+                query.opened.flight = None
+            flight.wake()
+
+    def _delay_ms(self) -> float:
+        chosen = self._settings.debounce_ms
+        return self._debounce.delay_ms() if chosen < 0 else float(chosen)
+
+    # --- work ahead of questions ---
+
+    def _prefetch(self, opened: _Open, num_changes: int) -> None:
+        """Ask about the place of an edit, unless the editor did or there was another one."""
+        if opened.num_changes != num_changes or opened.asked_at == num_changes:
+            return
+        if not self._wants(opened, invoked=False):
+            return
+        query = self._query(opened, opened.point)
+        if query is None or self._found(query) is not None:
+            return
+        if query.decision.ask:
+            self._fly(query)
+        else:
+            self._warm(opened)
+
+    def _warm(self, opened: _Open) -> None:
+        """Have the server read the text up to the cursor, behind everything else."""
+        if not self._settings.warm_up or not self.service.is_ready or self.is_paused:
+            return
+        if opened.flight is not None and not opened.flight.is_done:
+            return
+        self._stop(opened.warming)
+        query = self._query(opened, opened.point)
+        if query is None:
+            return
+        ask = replace(
+            self._ask(query),
+            max_tokens=WARM_TOKENS,
+            supersede=False,
+            is_background=True,
+            drafts=(),
+            first_token_budget_ms=0.0,
+            deadline_ms=0.0,
+        )
+        opened.warming = self._spawn(self._quietly(ask))
+
+    async def _quietly(self, ask: Ask) -> None:
+        with contextlib.suppress(LspError):
+            await self.service.complete(ask)
+
+    def _look_ahead(self, query: _Query, shown: str) -> None:
+        """Compute what follows if all of `shown` is accepted."""
+        opened = query.opened
+        self._stop(opened.ahead)
+        window = replace(query.window, prefix=query.prefix + shown)
+        decision = should_ask(window.prefix, window.suffix, opened.document.language, invoked=False)
+        after = replace(query, window=window, decision=decision, typed_ahead="")
+        if decision.ask and self._found(after) is None:
+            opened.ahead = self._spawn(self._answer_ahead(after))
+
+    async def _answer_ahead(self, query: _Query) -> None:
+        ask = replace(self._ask(query), supersede=False, is_background=True, drafts=())
+        with contextlib.suppress(LspError):
+            answer = await self.service.complete(ask)
+            if answer.texts:
+                self._cache.put(query.key, query.prefix, answer.texts[0], answer)
+
+    # --- small things ---
+
+    def _later(self, function: Callable[..., None], *args: Any) -> None:
+        loop = asyncio.get_running_loop()
+        delay_ms = self._delay_ms()
+        if delay_ms:
+            loop.call_later(delay_ms / 1000, function, *args)
+        else:
+            loop.call_soon(function, *args)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            _log.error("work in the background failed", exc_info=task.exception())
+
+    def _stop(self, task: asyncio.Task[None] | None) -> None:
+        if task is not None and not task.done():
+            task.cancel()
+
+    def _close(self, uri: str) -> None:
+        opened = self._documents.pop(uri, None)
+        if opened is not None:
+            opened.ticket = object()
+            self._stop(opened.warming)
+            self._stop(opened.ahead)
+            if opened.flight is not None:
+                self._stop(opened.flight.task)
+            self._cache.drop(uri)
+
+    def _new_context(self) -> ContextBuilder:
+        settings = self._settings
+        return ContextBuilder(
+            self.root, max_chars=settings.context_chars, other_files=settings.other_files
+        )
+
+    def _path(self, uri: str) -> str:
+        """A document's path inside the project, for the model to read."""
+        parts = urlsplit(uri)
+        path = unquote(parts.path) or uri
+        if parts.scheme == "file" and self.root is not None:
+            with contextlib.suppress(ValueError):
+                return Path(path).relative_to(self.root).as_posix()[:1024] or "untitled"
+        return Path(path).name[:1024] or "untitled"
+
+
+async def _nothing() -> list[Suggestion]:
+    return []

@@ -1,0 +1,346 @@
+"""The completion server, whatever it is: what it can do, how it is asked, whether it is there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from albor_lsp.context import Chunk
+from albor_lsp.errors import LspError, ServerDown, ServerRefused
+from albor_lsp.http import Address, HttpClient
+from albor_lsp.policy import StopScope
+
+__all__ = ["Answer", "Ask", "Capabilities", "Health", "Service"]
+
+PROBE_S: Final = 5.0
+RETRY_S: Final = (0.25, 0.5, 1.0, 2.0, 5.0)
+
+Find = Callable[[], Awaitable[Address]]
+"""Where the server is; starts one where that is wanted. Raises LspError."""
+
+_log = logging.getLogger("albor_lsp")
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One question to the model."""
+
+    prefix: str
+    suffix: str
+    path: str
+    session: str
+    chunks: tuple[Chunk, ...] = ()
+    max_tokens: int = 32
+    stop_scope: StopScope = "line"
+    typed_ahead: str = ""
+    """The answer begins with this, which is not returned."""
+    drafts: tuple[str, ...] = ()
+    min_confidence: float = 0.0
+    is_background: bool = False
+    supersede: bool = True
+    first_token_budget_ms: float = 0.0
+    """0: none."""
+    deadline_ms: float = 0.0
+    num_choices: int = 1
+    temperature: float = 0.0
+    logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the model said."""
+
+    texts: tuple[str, ...]
+    confidence: float | None = None
+    """Geometric mean of the tokens' probabilities, where the server tells."""
+    stopped_by: str | None = None
+    timings: Mapping[str, float] = field(default_factory=dict)
+    is_cut: bool = False
+    """The server left out context to be in time."""
+    tokens: tuple[tuple[str, float], ...] = ()
+    """(text, log-probability), where asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a server was found to be."""
+
+    kind: str
+    """albor, or another program."""
+    model: str
+    is_albor: bool = False
+    """Takes and tells all that albor-serve does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Whether suggestions can be had now."""
+
+    state: str
+    """connecting, starting, loading, ready, offline or refused."""
+    message: str = ""
+    model: str = ""
+    address: str = ""
+
+
+class Service:
+    """Finds a server, asks it, and finds it again when it was gone. One per language server.
+
+    Questions fail at once while there is no server; a task in the background keeps looking.
+
+    Attributes:
+        health: the latest; `on_health` is called when it changes.
+        generation: changes with the server or its model.
+    """
+
+    def __init__(
+        self,
+        find: Find,
+        *,
+        api_key: str = "",
+        model: str = "",
+        timeout_s: float = 20.0,
+        on_health: Callable[[Health], None] = lambda _health: None,
+    ) -> None:
+        self.health = Health("connecting")
+        self.generation = 0
+        self.capabilities: Capabilities | None = None
+        self._find = find
+        self._api_key = api_key or os.environ.get("ALBOR_API_KEY", "")
+        self._model = model
+        self._timeout_s = timeout_s
+        self._on_health = on_health
+        self._client: HttpClient | None = None
+        self._looking: asyncio.Task[None] | None = None
+        self._is_closed = False
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a question makes sense now."""
+        return self._client is not None and self.capabilities is not None
+
+    @property
+    def model(self) -> str:
+        """The model that answers; "" while there is none."""
+        return self.capabilities.model if self.capabilities is not None else ""
+
+    def start(self) -> None:
+        """Look for the server, unless that is being done or it is there."""
+        if not self._is_closed and not self.is_ready and self._looking is None:
+            self._looking = asyncio.get_running_loop().create_task(self._look())
+            self._looking.add_done_callback(self._looked)
+
+    async def close(self) -> None:
+        """Stop looking, close connections."""
+        self._is_closed = True
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.gather(self._looking, return_exceptions=True)
+        await self._disconnect()
+
+    async def restart(self) -> None:
+        """Forget the server and look for one at once."""
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.gather(self._looking, return_exceptions=True)
+        await self._disconnect()
+        self._tell(Health("connecting"))
+        self.start()
+
+    async def complete(
+        self, ask: Ask, on_text: Callable[[str], None] = lambda _text: None
+    ) -> Answer:
+        """Ask; `on_text` gets pieces of the first choice as they come.
+
+        Raises:
+            ServerDown: there is no server, or it is gone; it is being looked for.
+            ServerRefused: it can't or won't answer this.
+        """
+        client, capabilities = self._client, self.capabilities
+        if client is None or capabilities is None:
+            self.start()
+            raise ServerDown(self.health.message or "no server yet")
+        body = _body(ask, capabilities, self._model)
+        answer = _Collected(on_text)
+        try:
+            whole = await client.post(
+                "/v1/completions",
+                body,
+                timeout_s=self._timeout_s,
+                headers={"X-Session-Id": ask.session},
+                on_event=answer.add,
+            )
+        except ServerDown as error:
+            await self._lost(client, error)
+            raise
+        except ServerRefused as error:
+            if error.status in (401, 403, 503):
+                await self._lost(client, error)
+            raise
+        if whole is not None:
+            answer.add(whole)
+        return answer.finish()
+
+    async def _lost(self, client: HttpClient, error: LspError) -> None:
+        if self._client is not client:
+            return
+        _log.info("%s", error)
+        await self._disconnect()
+        self._tell(self._health_of(error))
+        self.start()
+
+    async def _disconnect(self) -> None:
+        client, self._client, self.capabilities = self._client, None, None
+        if client is not None:
+            await client.close()
+
+    def _looked(self, task: asyncio.Task[None]) -> None:
+        self._looking = None
+        if not task.cancelled() and task.exception() is not None:
+            _log.error("looking for a server failed", exc_info=task.exception())
+
+    async def _look(self) -> None:
+        attempt = 0
+        while not self._is_closed:
+            try:
+                address = await self._find()
+                client = HttpClient(address, self._api_key)
+                try:
+                    capabilities = await _probe(client, self._model)
+                except BaseException:
+                    await client.close()
+                    raise
+            except LspError as error:
+                self._tell(self._health_of(error))
+                await asyncio.sleep(RETRY_S[min(attempt, len(RETRY_S) - 1)])
+                attempt += 1
+                continue
+            self._client, self.capabilities = client, capabilities
+            self.generation += 1
+            self._tell(Health("ready", "", capabilities.model, str(address)))
+            return
+
+    def _health_of(self, error: LspError) -> Health:
+        if isinstance(error, ServerRefused):
+            if error.status == 503:
+                return Health("loading", "the server is loading its model")
+            return Health("refused", str(error))
+        return Health("offline", str(error))
+
+    def _tell(self, health: Health) -> None:
+        if health != self.health:
+            self.health = health
+            self._on_health(health)
+
+
+async def _probe(client: HttpClient, model: str) -> Capabilities:
+    """Find out what answers. Raises LspError."""
+    answer = await client.get("/v1/models", timeout_s=PROBE_S)
+    models = answer.get("data", []) if isinstance(answer, dict) else []
+    first = models[0] if models and isinstance(models[0], dict) else {}
+    name = model or str(first.get("id", ""))
+    is_albor = first.get("owned_by") == "albor"
+    return Capabilities("albor" if is_albor else "another server", name, is_albor)
+
+
+def _body(ask: Ask, capabilities: Capabilities, model: str) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "prompt": ask.prefix,
+        "suffix": ask.suffix,
+        "max_tokens": ask.max_tokens,
+        "temperature": ask.temperature,
+        "stream": ask.num_choices == 1 and ask.max_tokens > 0 and not ask.logprobs,
+    }
+    if model or not capabilities.is_albor:
+        body["model"] = model or capabilities.model
+    if ask.num_choices > 1:
+        body["n"] = ask.num_choices
+    if ask.logprobs:
+        body["logprobs"] = 0
+    if capabilities.is_albor:
+        body["albor"] = _extension(ask)
+    return body
+
+
+def _extension(ask: Ask) -> dict[str, Any]:
+    extension: dict[str, Any] = {
+        "session": ask.session,
+        "stop_scope": ask.stop_scope,
+        "path": ask.path,
+        "supersede": ask.supersede,
+    }
+    if ask.is_background:
+        extension["priority"] = "background"
+    if ask.chunks:
+        extension["extra_context"] = [{"path": c.path, "text": c.text} for c in ask.chunks]
+    if ask.typed_ahead:
+        extension["typed_ahead"] = ask.typed_ahead
+    if ask.drafts:
+        extension["drafts"] = list(ask.drafts)
+    if ask.min_confidence:
+        extension["min_confidence"] = ask.min_confidence
+    if ask.first_token_budget_ms:
+        extension["first_token_budget_ms"] = ask.first_token_budget_ms
+    if ask.deadline_ms:
+        extension["deadline_ms"] = ask.deadline_ms
+    return extension
+
+
+class _Collected:
+    """An answer while it comes."""
+
+    def __init__(self, on_text: Callable[[str], None]) -> None:
+        self._on_text = on_text
+        self._texts: dict[int, str] = {}
+        self._choice: dict[str, Any] = {}
+        self._whole: dict[str, Any] = {}
+        self._tokens: list[tuple[str, float]] = []
+
+    def add(self, event: dict[str, Any]) -> None:
+        """Take an event of a stream, or a whole answer."""
+        error = event.get("error")
+        if isinstance(error, dict):
+            raise ServerRefused(500, str(error.get("message", "the server failed"))[:200])
+        for choice in event.get("choices", ()):
+            index = choice.get("index", 0)
+            piece = choice.get("text") or ""
+            self._texts[index] = self._texts.get(index, "") + piece
+            if index == 0:
+                self._choice |= choice.get("albor") or {}
+                logprobs = choice.get("logprobs") or {}
+                self._tokens += [
+                    (text, value)
+                    for text, value in zip(
+                        logprobs.get("tokens", ()), logprobs.get("token_logprobs", ()), strict=False
+                    )
+                    if value is not None
+                ]
+                if piece:
+                    self._on_text(piece)
+        self._whole |= event.get("albor") or {}
+
+    def finish(self) -> Answer:
+        """The answer as a whole."""
+        fim = self._whole.get("fim") or {}
+        return Answer(
+            texts=tuple(self._texts[index] for index in sorted(self._texts)),
+            confidence=self._choice.get("confidence"),
+            stopped_by=self._choice.get("stopped_by"),
+            timings={
+                name: value
+                for name, value in (self._whole.get("timings") or {}).items()
+                if isinstance(value, int | float)
+            },
+            is_cut=any(fim.values()),
+            tokens=tuple(self._tokens),
+        )
+
+
+def now_ms() -> float:
+    """A clock for latencies."""
+    return time.perf_counter() * 1000
