@@ -12,27 +12,19 @@ from typing import Any
 import psutil
 import pytest
 
-sync_api = pytest.importorskip("playwright.sync_api")
-from tests.e2e.code_server import (  # noqa: E402
-    CHROMIUM,
-    CODE_SERVER,
-    CodeServer,
-    Window,
-    running,
-    wait_for,
+pytest.importorskip("playwright.sync_api")
+from tests.e2e.code_server import CodeServer, Window, running, wait_for  # noqa: E402
+from tests.e2e.vscode_fixtures import (  # noqa: E402
+    EXTENSION,
+    VSIX,
+    browser,
+    context,
+    marks,
 )
 
-EXTENSION = Path(__file__).parents[2] / "editors" / "vscode"
-VSIX = EXTENSION / "dist" / "albor.vsix"
-pytestmark = [
-    pytest.mark.e2e,
-    pytest.mark.timeout(300),
-    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
-    pytest.mark.skipif(
-        CODE_SERVER is None, reason="needs ALBOR_CODE_SERVER: tests/e2e/get_code_server.sh DIR"
-    ),
-    pytest.mark.skipif(not VSIX.is_file(), reason="needs the extension: make vsix"),
-]
+__all__ = ["browser", "context"]
+
+pytestmark = marks
 
 WALKTHROUGH = ".gettingStartedContainer"
 ADD = "def add(a, b):\n    total = a + b\n    return total"
@@ -87,22 +79,6 @@ def editor(tmp_path_factory: pytest.TempPathFactory, script: Script) -> Iterator
     program.chmod(0o755)
     with running(CodeServer(home, [VSIX], script.environment, {})) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture(scope="module")
-def context(browser: Any) -> Iterator[Any]:
-    opened = browser.new_context(viewport={"width": 1100, "height": 700})
-    yield opened
-    opened.close()
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,8 @@ export interface ServerStatus {
     readonly state: string;
     readonly message: string;
     readonly model: string;
+    /** Where the completion server is. */
+    readonly server: string;
     /** Milliseconds by part, as in `prefill_ms`, and counts of tokens. */
     readonly latency: Readonly<Record<string, number>>;
 }
@@ -49,6 +51,7 @@ export function readStatus(message: unknown): ServerStatus {
         state: text(fields["state"]),
         message: text(fields["message"]),
         model: text(fields["model"]),
+        server: text(fields["server"]),
         latency,
     };
 }
@@ -65,7 +68,8 @@ export function view(facts: Facts): View {
         icon === "sparkle" && facts.lastMs !== undefined ? `${round(facts.lastMs)} ms` : "albor";
     const lines = [`**albor**: ${escape(state)}`];
     if (facts.server !== undefined && facts.server.model !== "") {
-        lines.push(`Model: ${escape(facts.server.model)}`);
+        const where = facts.server.server === "" ? "" : ` at ${facts.server.server}`;
+        lines.push(escape(`Model: ${facts.server.model}${where}`));
     }
     const split = latencySplit(facts);
     if (split !== "") {

@@ -6,6 +6,7 @@ import { readStatus, view, type Facts } from "../src/view";
 const READY = readStatus({
     state: "ready",
     model: "albor-33m",
+    server: "127.0.0.1:8080",
     latency: { decode_ms: 30.2, prefill_ms: 8.31, num_new_tokens: 3 },
 });
 
@@ -21,7 +22,7 @@ const FACTS: Facts = {
 test("ready: the last latency, the model and its parts", () => {
     const seen = view(FACTS);
     assert.equal(seen.text, "$(sparkle) 42 ms");
-    assert.match(seen.tooltip, /Model: albor-33m/);
+    assert.match(seen.tooltip, /Model: albor-33m at 127\.0\.0\.1:8080/);
     assert.match(seen.tooltip, /: 42 ms \(prefill 8\.3 ms, decode 30 ms\)/);
     assert.equal(seen.warning, false);
 });
@@ -56,6 +57,12 @@ test("what the server says reaches the tooltip, and can't be Markdown", () => {
 
 test("a status of another shape is taken as empty, not as a fault", () => {
     for (const message of [null, 3, "x", [], { state: 4, latency: { a: "b", b: NaN } }]) {
-        assert.deepEqual(readStatus(message), { state: "", message: "", model: "", latency: {} });
+        assert.deepEqual(readStatus(message), {
+            state: "",
+            message: "",
+            model: "",
+            server: "",
+            latency: {},
+        });
     }
 });
