@@ -167,7 +167,6 @@ def test_the_server_dies_and_comes_back(window: Window, completion: Completion) 
     window.wait_status("ready")
     completion.kill()
     window.type("    def ")
-    window.wait_status("$(warning)" if False else "albor", 30)
     wait_for(lambda: "ready" not in window.status(), "word of the outage")
     shot(window, "offline")
     window.type("years(self):\n        ")
@@ -214,7 +213,8 @@ def test_activation_costs_little(window: Window, editor: CodeServer) -> None:
 
 def test_the_installed_extension_is_small() -> None:
     assert VSIX.stat().st_size < 400_000
-    assert (EXTENSION / "dist" / "extension.js").stat().st_size < 1_000_000
+    unpacked = sum(file.stat().st_size for file in (EXTENSION / "dist").glob("*.js"))
+    assert unpacked < 1_000_000
 
 
 def test_no_process_is_left(editor: CodeServer, window: Window) -> None:

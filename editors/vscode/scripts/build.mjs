@@ -28,9 +28,12 @@ if (tests) {
     rmSync(join(root, "dist"), { recursive: true, force: true });
     await build({
         ...common,
-        entryPoints: ["src/extension.ts"],
-        outfile: "dist/extension.js",
-        external: ["vscode"],
+        // In two files: the language client is loaded with the first document, not at start-up.
+        entryPoints: ["src/extension.ts", "src/client.ts"],
+        outdir: "dist",
+        external: ["vscode", "./client"],
+        // The editor gives the module "vscode" to require, not to import.
+        supported: { "dynamic-import": false },
         minify: true,
         legalComments: "external",
     });
