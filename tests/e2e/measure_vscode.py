@@ -185,6 +185,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
                 page = chromium.new_page(viewport={"width": 1100, "height": 700})
                 window = Window(page, server, project)
+                if is_ours:
+                    page.locator(".gettingStartedContainer").wait_for(timeout=60_000)
                 window.open("shop.py")
                 if is_ours:
                     window.wait_status("ready", 60)

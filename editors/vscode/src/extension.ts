@@ -66,15 +66,15 @@ export function activate(context: vscode.ExtensionContext): void {
         ...Object.entries(commands).map(([name, run]) =>
             vscode.commands.registerCommand(name, run),
         ),
-        vscode.window.onDidChangeActiveTextEditor((editor) => {
-            startFor(current, editor);
+        vscode.workspace.onDidOpenTextDocument((document) => {
+            startFor(current, [document]);
         }),
         vscode.workspace.onDidChangeConfiguration((event) => {
             if (event.affectsConfiguration(`${SECTION}.path`)) {
                 void current.restart();
             } else if (event.affectsConfiguration(SECTION)) {
                 void current.settingsChanged();
-                startFor(current, vscode.window.activeTextEditor);
+                startFor(current, vscode.workspace.textDocuments);
             }
         }),
         vscode.window.onDidChangeWindowState((state) => {
@@ -84,8 +84,10 @@ export function activate(context: vscode.ExtensionContext): void {
             }
         }),
     );
-    startFor(current, vscode.window.activeTextEditor);
-    if (context.globalState.get<boolean>(WELCOMED) !== true) {
+    startFor(current, vscode.workspace.textDocuments);
+    // Once, and not over a file that somebody has begun to type in.
+    const idle = vscode.window.activeTextEditor === undefined;
+    if (idle && context.globalState.get<boolean>(WELCOMED) !== true) {
         void context.globalState.update(WELCOMED, true);
         void openWalkthrough(context);
     }
@@ -97,9 +99,9 @@ export async function deactivate(): Promise<void> {
 }
 
 /** Start the language server once there is a document that it is for. */
-function startFor(current: Session, editor: vscode.TextEditor | undefined): void {
-    const wanted = editor !== undefined && offReason(editor.document) === "";
-    if (wanted && (current.phase === "idle" || current.phase === "missing")) {
+function startFor(current: Session, documents: readonly vscode.TextDocument[]): void {
+    const stopped = current.phase === "idle" || current.phase === "missing";
+    if (stopped && documents.some((document) => offReason(document) === "")) {
         void current.start();
     }
 }
