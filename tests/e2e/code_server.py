@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from playwright.sync_api import Page, TimeoutError
+from playwright.sync_api import Page
+from playwright.sync_api import TimeoutError as PageTimeoutError
 
 __all__ = ["CHROMIUM", "CODE_SERVER", "CodeServer", "Window", "wait_for"]
 
@@ -139,7 +140,6 @@ class CodeServer:
             return bool(answer.status == 200)
         return False
 
-
     def settings(self, where: str = "User") -> dict[str, Any]:
         """The settings on disk: the person's (`User`), or the machine's (`Machine`)."""
         path = self._user_data / where / "settings.json"
@@ -247,7 +247,7 @@ class Window:
                 box.wait_for(state="visible", timeout=TRY_MS)
                 box.fill(text, timeout=TRY_MS)
                 list_row.click(timeout=TRY_MS)
-            except TimeoutError:
+            except PageTimeoutError:
                 if attempt == TRIES - 1:
                     raise
                 self.page.keyboard.press("Escape")
@@ -300,7 +300,8 @@ class Window:
     def code(self) -> str:
         """The text of the editor in front as a copy of it would give it, ghost text left out."""
         script = """() => {
-            const lines = [...document.querySelectorAll('.editor-instance .view-lines > .view-line')];
+            const found = document.querySelectorAll('.editor-instance .view-lines > .view-line');
+            const lines = [...found];
             lines.sort((a, b) => parseFloat(a.style.top) - parseFloat(b.style.top));
             return lines.map((line) => {
                 const copy = line.cloneNode(true);

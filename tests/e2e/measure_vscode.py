@@ -60,7 +60,7 @@ class Basket:
 
 
 '''
-TYPED: Final = '''\
+TYPED: Final = """\
 def read_articles(path):
     articles = []
     with open(path) as file:
@@ -72,7 +72,7 @@ def read_articles(path):
 
 def cheapest(articles):
     return min(articles, key=lambda article: article.price)
-'''
+"""
 WATCH: Final = """() => {
     const state = window.measured = {pressed: 0, shown: null, changed: false};
     document.addEventListener('keydown', () => {

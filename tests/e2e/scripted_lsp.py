@@ -77,8 +77,9 @@ def main() -> None:
     while (message := receive()) is not None:
         script = json.loads(script_path.read_text())
         method, params = message.get("method", ""), message.get("params")
+        noted = {"method": method, "params": params, "result": message.get("result")}
         with log_path.open("a") as log:
-            log.write(json.dumps({"pid": os.getpid(), "method": method, "params": params, "result": message.get("result")}) + "\n")
+            log.write(json.dumps({"pid": os.getpid()} | noted) + "\n")
         if method == "exit":
             return
         if method == script.get("die_on"):

@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 pytest.importorskip("playwright.sync_api")
-from tests.e2e.code_server import CodeServer, Window, free_port, running, wait_for  # noqa: E402
-from tests.e2e.vscode_fixtures import (  # noqa: E402
+from tests.e2e.code_server import CodeServer, Window, free_port, running, wait_for
+from tests.e2e.vscode_fixtures import (
     EXTENSION,
     ROOT,
     VSIX,

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 pytest.importorskip("playwright.sync_api")
-from tests.e2e.code_server import CodeServer, Window, running, wait_for  # noqa: E402
-from tests.e2e.vscode_fixtures import (  # noqa: E402
+from tests.e2e.code_server import CodeServer, Window, running, wait_for
+from tests.e2e.vscode_fixtures import (
     EXTENSION,
     VSIX,
     browser,
@@ -235,9 +235,7 @@ def test_off_and_on_for_a_language(window: Window, script: Script, editor: CodeS
     window.wait_status("ready")
 
 
-def test_off_and_on_in_a_workspace(
-    window: Window, script: Script, editor: CodeServer
-) -> None:
+def test_off_and_on_in_a_workspace(window: Window, script: Script, editor: CodeServer) -> None:
     # More than the editor's own merging of settings would do: it would stay on for this language.
     window.set({"[python]": {"albor.enabled": True}})
     window.run("albor: Turn Suggestions On or Off in This Workspace")
@@ -436,7 +434,9 @@ def test_two_windows_and_a_workspace_of_two_folders(
         (tmp_path / name).mkdir()
         (tmp_path / name / f"{name}.py").write_text("")
     roots = tmp_path / "both.code-workspace"
-    roots.write_text(json.dumps({"folders": [{"path": str(tmp_path / name)} for name in ("one", "two")]}))
+    roots.write_text(
+        json.dumps({"folders": [{"path": str(tmp_path / name)} for name in ("one", "two")]})
+    )
     script.write()
     other = Window(context.new_page(), editor, roots)
     other.open("two.py")
@@ -444,8 +444,7 @@ def test_two_windows_and_a_workspace_of_two_folders(
     other.type("def add")
     other.wait_ghost("(a, b)")
     (hello,) = script.messages("initialize")
-    folders = [folder["name"] for folder in hello["params"]["workspaceFolders"]]
-    assert folders == ["one", "two"]
+    assert [each["name"] for each in hello["params"]["workspaceFolders"]] == ["one", "two"]
     window.page.bring_to_front()
     window.type("def add")
     window.wait_ghost("(a, b)")
