@@ -20,13 +20,14 @@ from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
 from albor_lsp.completion_cache import CompletionCache, Key
-from albor_lsp.context import Chunk, ContextBuilder, Window
+from albor_lsp.context import Chunk, ContextBuilder, ContextSettings, Window
 from albor_lsp.document import Change, Document, Encoding, Point, Position
-from albor_lsp.errors import LspError, ServerDown
+from albor_lsp.errors import LspError, ServerDownError
+from albor_lsp.ignore import holds_secret, is_secret_name
 from albor_lsp.policy import Debounce, Decision, should_ask
 from albor_lsp.service import Answer, Ask, Service, now_ms
 from albor_lsp.settings import Settings
-from albor_lsp.tidy import indent_of, tidy
+from albor_lsp.tidy import detect_indent, tidy
 
 __all__ = ["Assistant", "Explained", "Selected", "Suggestion"]
 
@@ -34,8 +35,11 @@ NUM_CHOICES: Final = 3
 """Suggestions to choose from when the person asked."""
 CHOICE_TEMPERATURE: Final = 0.6
 WARM_TOKENS: Final = 0
+BUSY_MS: Final = 100.0
+"""A question that waited longer stood behind others."""
 MAX_REMEMBERED: Final = 64
 JUMP_LINES: Final = 32
+ORIGIN: Final = Point(0, 0)
 _PAIRS: Final = ("()", "[]", "{}", '""', "''", "``")
 
 _log = logging.getLogger("albor_lsp")
@@ -74,8 +78,10 @@ class Explained:
     shown: str
     answer: Answer
     source: str
-    """computed, joined, cached or ahead."""
+    """computed, joined or cached."""
     total_ms: float
+    is_new: bool = True
+    """Not just what is left of the one before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,12 +151,14 @@ class _Open:
     document: Document
     path: str
     session: str
+    is_secret: bool
+    """Its name says that it holds keys: nothing of it is sent anywhere."""
     flight: _Flight | None = None
     ticket: object | None = None
     """Of the latest question; an older one gives up when it sees another's."""
     warming: asyncio.Task[None] | None = None
     ahead: asyncio.Task[None] | None = None
-    point: Point = Point(0, 0)
+    point: Point = ORIGIN
     asked_at: int = -1
     """Number of changes when a person's cursor was last asked about."""
     num_changes: int = 0
@@ -206,6 +214,7 @@ class Assistant:
             self._cache.clear()
             self._context = self._new_context()
             for opened in self._documents.values():
+                self._withdraw(opened)
                 document = opened.document
                 self._context.opened(opened.path, document.text, document.language)
 
@@ -220,7 +229,9 @@ class Assistant:
         """A document was opened."""
         path = self._path(uri)
         digest = hashlib.sha256(uri.encode("utf-8", "replace")).hexdigest()[:12]
-        opened = _Open(Document(uri, language, text, version), path, f"{self._run}-{digest}")
+        document = Document(uri, language, text, version)
+        is_secret = is_secret_name(unquote(urlsplit(uri).path))
+        opened = _Open(document, path, f"{self._run}-{digest}", is_secret)
         self._close(uri)
         self._documents[uri] = opened
         self._context.opened(path, text, language)
@@ -245,6 +256,11 @@ class Assistant:
         if self._settings.prefetch and typed and len(changes) == 1:
             self._later(self._prefetch, opened, opened.num_changes)
         else:
+            self._warm(opened)
+
+    def server_came(self) -> None:
+        """There is a server now: let it read what the person is at."""
+        for opened in tuple(self._documents.values())[-1:]:
             self._warm(opened)
 
     def save(self, uri: str) -> None:
@@ -322,6 +338,8 @@ class Assistant:
             return False
         if opened.document.language in self._settings.disabled_languages and not invoked:
             return False
+        if opened.is_secret:
+            return False
         if not self.service.is_ready:
             self.service.start()
             return False
@@ -342,19 +360,22 @@ class Assistant:
             if selected.start.line != point.line or not selected.text.startswith(typed):
                 return None
             typed_ahead = selected.text[len(typed) :]
-        window = self._context.window(document.lines, point.line, point.column)
+        offset = document.offset(point)
+        window = self._context.window(document.text, offset)
+        if holds_secret(window.prefix) or holds_secret(window.suffix):
+            return None
         decision = should_ask(
-            window.prefix + typed_ahead, window.suffix, document.language, invoked=invoked
+            window.prefix + typed_ahead, window.suffix, document.language, invoked
         )
         if not self._settings.multiline and decision.stop_scope != "line":
             decision = replace(decision, stop_scope="line")
         chunks: tuple[Chunk, ...] = ()
         if self._settings.other_files:
-            chunks = self._context.chunks(opened.path, window.prefix, window.suffix)
+            chunks = self._context.chunks(opened.path, document.text, offset)
         key = Key(
             uri=document.uri,
             model=f"{self.service.generation}:{self.service.model}",
-            generation=window.generation,
+            generation=self._context.generation if self._settings.other_files else 0,
             suffix=window.suffix,
             scope="invoked" if invoked else "",
         )
@@ -398,7 +419,7 @@ class Assistant:
         if query.opened.ticket is not ticket:
             return []
         document = query.opened.document
-        indent = indent_of(document.lines[:500])
+        indent = detect_indent(document.text)
         shown = []
         for each in texts:
             kept = tidy(each, query.prefix, query.window.suffix, indent)
@@ -406,11 +427,12 @@ class Assistant:
                 shown.append(kept)
         if not shown:
             return []
-        explained = Explained(query, shown[0], answer, source, now_ms() - started)
+        is_new = not query.opened.shown.endswith(shown[0])
+        explained = Explained(query, shown[0], answer, source, now_ms() - started, is_new)
         query.opened.shown = shown[0]
         self.last = explained
         self._on_answer(explained)
-        if self._settings.look_ahead:
+        if self._settings.look_ahead and self._works_ahead():
             self._look_ahead(query, shown[0])
         return [self._suggestion(query, each, explained, selected) for each in shown]
 
@@ -501,7 +523,8 @@ class Assistant:
             flight.text = text
             flight.answer = answer
             self._cache.put(query.key, query.prefix, text, answer)
-            self._debounce.observe(now_ms() - started, busy=self._num_asking > 1)
+            is_busy = answer.timings.get("queue_ms", 0.0) > BUSY_MS
+            self._debounce.observe(now_ms() - started, is_busy)
             if text.strip():
                 query.opened.recent.append(text)
             if answer.is_cut:
@@ -511,7 +534,7 @@ class Assistant:
         finally:
             self._num_asking -= 1
             if not flight.is_done:
-                flight.error = ServerDown("the question was withdrawn")
+                flight.error = ServerDownError("the question was withdrawn")
             if query.opened.flight is flight and flight.error is not None:
                 query.opened.flight = None
             flight.wake()
@@ -538,7 +561,9 @@ class Assistant:
 
     def _warm(self, opened: _Open) -> None:
         """Have the server read the text up to the cursor, behind everything else."""
-        if not self._settings.warm_up or not self.service.is_ready or self.is_paused:
+        if not self._settings.warm_up or not self._wants(opened, invoked=False):
+            return
+        if not self._works_ahead():
             return
         if opened.flight is not None and not opened.flight.is_done:
             return
@@ -566,7 +591,7 @@ class Assistant:
         opened = query.opened
         self._stop(opened.ahead)
         window = replace(query.window, prefix=query.prefix + shown)
-        decision = should_ask(window.prefix, window.suffix, opened.document.language, invoked=False)
+        decision = should_ask(window.prefix, window.suffix, opened.document.language, False)
         after = replace(query, window=window, decision=decision, typed_ahead="")
         if decision.ask and self._found(after) is None:
             opened.ahead = self._spawn(self._answer_ahead(after))
@@ -577,6 +602,10 @@ class Assistant:
             answer = await self.service.complete(ask)
             if answer.texts:
                 self._cache.put(query.key, query.prefix, answer.texts[0], answer)
+
+    def _works_ahead(self) -> bool:
+        capabilities = self.service.capabilities
+        return capabilities is not None and capabilities.works_ahead
 
     # --- small things ---
 
@@ -607,17 +636,25 @@ class Assistant:
         opened = self._documents.pop(uri, None)
         if opened is not None:
             opened.ticket = object()
-            self._stop(opened.warming)
-            self._stop(opened.ahead)
-            if opened.flight is not None:
-                self._stop(opened.flight.task)
+            self._withdraw(opened)
             self._cache.drop(uri)
+
+    def _withdraw(self, opened: _Open) -> None:
+        """Give up all that is being asked about a document."""
+        self._stop(opened.warming)
+        self._stop(opened.ahead)
+        flight, opened.flight = opened.flight, None
+        if flight is not None:
+            self._stop(flight.task)
 
     def _new_context(self) -> ContextBuilder:
         settings = self._settings
-        return ContextBuilder(
-            self.root, max_chars=settings.context_chars, other_files=settings.other_files
+        sizes = ContextSettings(
+            prefix_lines=settings.prefix_lines,
+            suffix_lines=settings.suffix_lines,
+            max_context_tokens=settings.other_files_tokens,
         )
+        return ContextBuilder(self.root, sizes)
 
     def _path(self, uri: str) -> str:
         """A document's path inside the project, for the model to read."""

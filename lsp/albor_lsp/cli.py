@@ -34,6 +34,7 @@ An editor starts this program and talks to it over its standard streams:
 
 It uses the completion server that the setting serverUrl or the variable ALBOR_SERVER_URL names,
 else one that runs on this machine, else it starts albor-serve.
+`albor-lsp stats` prints what was suggested and accepted, --plot FILE.svg draws it.
 Settings: ~/.config/albor/lsp.json, or the editor's, section "albor"; docs/lsp.md lists them.
 """
 
@@ -46,7 +47,10 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (0 fine, 1 failed, 2 asked for the impossible)."""
     try:
-        options = _parser().parse_args(argv)
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        if arguments[:1] == ["stats"]:
+            return _stats(arguments[1:])
+        options = _parser().parse_args(arguments)
         lines: deque[str] = deque(maxlen=MAX_LOG_LINES)
         _set_up_logging(options.log_level, lines)
         if options.tcp is not None:
@@ -83,6 +87,34 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"albor-lsp {__version__}")
     return parser
+
+
+def _stats(arguments: list[str]) -> int:
+    """Print, or plot, what was counted."""
+    from pathlib import Path
+
+    from albor_lsp.statistics import as_svg, as_text, read_days, statistics_path
+
+    parser = _Parser(
+        prog="albor-lsp stats",
+        description="Suggestions shown and accepted on this machine; nothing is sent anywhere.",
+    )
+    parser.add_argument("--json", action="store_true", help="print the counts by day as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw characters saved")
+    options = parser.parse_args(arguments)
+    days = read_days(statistics_path())
+    if options.plot is not None:
+        temporary = options.plot.with_name(options.plot.name + ".part")
+        temporary.write_text(as_svg(days), "utf-8")
+        temporary.replace(options.plot)
+        print(f"wrote {options.plot}")
+    if options.json:
+        import json
+
+        print(json.dumps(days, indent=1))
+    elif options.plot is None:
+        print(as_text(days), end="")
+    return 0
 
 
 class _Lines(logging.Handler):

@@ -1,6 +1,6 @@
-"""An open document, kept equal to the editor's copy by its incremental edits.
+r"""An open document, kept equal to the editor's copy by its incremental edits.
 
-Lines end where LSP says, at `\\n`, `\\r\\n` and `\\r`, and nowhere else: `str.splitlines` also
+Lines end where LSP says, at `\n`, `\r\n` and `\r`, and nowhere else: `str.splitlines` also
 splits at form feeds and Unicode separators, and each edit after one would land in a wrong place.
 """
 
@@ -90,11 +90,18 @@ class Document:
         self.language = language
         self.version = version
         self.lines = split_lines(_joined(text))
+        self._text: str | None = None
 
     @property
     def text(self) -> str:
-        """The whole text; O(document)."""
-        return "".join(self.lines)
+        """The whole text; O(document) after a change."""
+        if self._text is None:
+            self._text = "".join(self.lines)
+        return self._text
+
+    def offset(self, point: Point) -> int:
+        """Where a point is in `text`."""
+        return sum(map(len, self.lines[: point.line])) + point.column
 
     def apply(self, changes: Sequence[Change], encoding: Encoding, version: int = 0) -> Point:
         """Carry out edits in order; returns the end of the last one.
@@ -102,6 +109,7 @@ class Document:
         The work is proportional to the edited lines, but for moving the list's pointers.
         """
         self.version = version
+        self._text = None
         end = Point(0, 0)
         for change in changes:
             if change.start is None or change.end is None:

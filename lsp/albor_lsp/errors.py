@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LspError", "ServerDown", "ServerRefused", "SettingsError"]
+__all__ = ["LspError", "ServerDownError", "ServerRefusedError", "SettingsError"]
 
 
 class LspError(Exception):
@@ -13,11 +13,11 @@ class SettingsError(LspError):
     """A command line or setting that can't be carried out."""
 
 
-class ServerDown(LspError):
+class ServerDownError(LspError):
     """The completion server can't be reached, broke off or did not answer in time."""
 
 
-class ServerRefused(LspError):
+class ServerRefusedError(LspError):
     """The completion server answered with an error.
 
     Attributes:

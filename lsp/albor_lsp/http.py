@@ -15,7 +15,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from albor_lsp import __version__
-from albor_lsp.errors import ServerDown, ServerRefused, SettingsError
+from albor_lsp.errors import ServerDownError, ServerRefusedError, SettingsError
 
 __all__ = ["Address", "HttpClient", "parse_address"]
 
@@ -96,8 +96,8 @@ class HttpClient:
         With `on_event` each server-sent event's object is passed to it as it comes.
 
         Raises:
-            ServerDown: no connection, no answer in time, or it broke off.
-            ServerRefused: a status other than 200.
+            ServerDownError: no connection, no answer in time, or it broke off.
+            ServerRefusedError: a status other than 200.
         """
         return await self._ask("POST", path, body, headers or {}, on_event, timeout_s)
 
@@ -128,12 +128,12 @@ class HttpClient:
                         if is_fresh:
                             raise
         except TimeoutError:
-            raise ServerDown(f"{self.address} did not answer in {timeout_s:.0f} s") from None
+            raise ServerDownError(f"{self.address} did not answer in {timeout_s:.0f} s") from None
         except (OSError, EOFError) as error:
             reason = getattr(error, "strerror", None) or "it broke off"
-            raise ServerDown(f"{self.address} can't be reached: {reason}") from error
+            raise ServerDownError(f"{self.address} can't be reached: {reason}") from error
         except (ValueError, LookupError) as error:
-            raise ServerDown(f"{self.address} does not speak HTTP with JSON") from error
+            raise ServerDownError(f"{self.address} does not speak HTTP with JSON") from error
 
     def _head(
         self, method: str, path: str, body: dict[str, Any] | None, headers: dict[str, str]
@@ -185,13 +185,13 @@ class HttpClient:
             else:
                 body = await _read_body(reader, headers)
                 if status != 200:
-                    raise ServerRefused(status, _reason(status, body))
+                    raise ServerRefusedError(status, _reason(status, body))
                 answer = json.loads(body) if body.strip() else None
             is_reusable = headers.get("connection", "").lower() != "close" and (
                 "content-length" in headers or "transfer-encoding" in headers
             )
             return answer
-        except ServerRefused:
+        except ServerRefusedError:
             is_reusable = "content-length" in headers
             raise
         finally:

@@ -1,4 +1,4 @@
-"""When to ask for a suggestion, and how much of one."""
+"""When to ask for a suggestion, how much of one, and after what delay."""
 
 from __future__ import annotations
 
@@ -6,81 +6,188 @@ import re
 from dataclasses import dataclass
 from typing import Final, Literal
 
-__all__ = ["Debounce", "Decision", "StopScope", "should_ask"]
+__all__ = ["DEFAULT_MIN_CONFIDENCE", "Debounce", "Decision", "should_ask"]
+
+DEFAULT_MIN_CONFIDENCE: Final = 0.0
+"""The gate is open: a threshold has to be measured before it may hide anything."""
+MAX_LOOK_CHARS: Final = 4096
+"""How much code before the cursor is read for strings and comments."""
+LINE_LEN: Final = 48
+PROSE_LEN: Final = 24
+BLOCK_LEN: Final = 96
+SCOPE_LEN: Final = 160
 
 StopScope = Literal["line", "block", "scope", "none"]
-
-LINE_TOKENS: Final = 32
-BLOCK_TOKENS: Final = 96
-_CLOSERS: Final = frozenset(")]}>\"'`,;: \t")
-_COMMENT: Final = re.compile(r"^\s*(?:#|//|--|;|\*|/\*|<!--)")
+_Place = Literal["code", "comment", "string"]
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Whether to ask, why, and where the answer is to end."""
+    """Whether to ask, why, and for how much."""
 
     ask: bool
     reason: str
-    stop_scope: StopScope = "line"
-    max_tokens: int = LINE_TOKENS
+    stop_scope: StopScope
+    max_tokens: int
 
 
-def should_ask(before: str, after: str, language: str, *, invoked: bool) -> Decision:  # noqa: ARG001
-    """Decide from the text around the cursor.
+_C_LIKE: Final = frozenset(
+    [
+        "c",
+        "cpp",
+        "csharp",
+        "css",
+        "dart",
+        "go",
+        "java",
+        "javascript",
+        "javascriptreact",
+        "kotlin",
+        "objective-c",
+        "php",
+        "rust",
+        "scala",
+        "scss",
+        "swift",
+        "typescript",
+        "typescriptreact",
+        "zig",
+    ]
+)
+_SEMICOLONS: Final = frozenset(
+    ["c", "cpp", "csharp", "css", "dart", "java", "php", "rust", "scss", "zig"]
+)
+_SEMICOLONS_TOO: Final = frozenset(
+    ["javascript", "javascriptreact", "typescript", "typescriptreact", "objective-c"]
+)
+_PROSE: Final = frozenset(["markdown", "plaintext", "latex", "restructuredtext"])
+_MARKUP: Final = frozenset(["html", "xml", "vue", "svelte"])
 
-    Args:
-        before: the text before the cursor, at least its line.
-        after: the text after it, at least the rest of its line.
-        language: LSP's language id.
-        invoked: the person asked: the answer is always yes.
+_STRING: Final = r"\"(?:\\.|[^\"\\\n])*(?P<dq>\"|\n|\Z)|'(?:\\.|[^'\\\n])*(?P<sq>'|\n|\Z)"
+_HASH_SCAN: Final = re.compile(
+    r"(?P<comment>\#[^\n]*)|(?P<long>\"\"\"|''')|" + _STRING, re.DOTALL | re.VERBOSE
+)
+_C_SCAN: Final = re.compile(
+    r"(?P<comment>//[^\n]*|/\*.*?(?:\*/|\Z))|(?P<long>`)|" + _STRING, re.DOTALL
+)
+# A quote in Rust may begin a lifetime, so only a whole character literal is a string there.
+_RUST_SCAN: Final = re.compile(
+    r"(?P<comment>//[^\n]*|/\*.*?(?:\*/|\Z))|(?P<long>\0)|\"(?:\\.|[^\"\\])*(?P<dq>\"|\Z)"
+    r"|'(?:\\.|[^'\\\n])(?P<sq>')",
+    re.DOTALL,
+)
+_OPENS_BODY: Final = re.compile(
+    r"^\s*(?:async\s+)?(?:def|class)\b|\b(?:func|fn|function)\b|=>\s*\{$"
+)
+_FINISHED: Final = re.compile(r"^\s*(?:pass|break|continue)$")
+
+
+def _place(before: str, language: str) -> _Place:
+    """Where the cursor stands, by a scan of the nearest 4096 characters."""
+    if language in _PROSE:
+        return "code"
+    start = max(0, len(before) - MAX_LOOK_CHARS)
+    if start:
+        start = before.find("\n", start) + 1 or start
+    if language in _MARKUP:
+        opened = before.rfind("<!--", start)
+        return "comment" if opened > before.rfind("-->", start) else "code"
+    scan = _RUST_SCAN if language == "rust" else _C_SCAN if language in _C_LIKE else _HASH_SCAN
+    at = start
+    # A long string that began before the part that is read: an odd number of its quotes.
+    if start and language == "python" and before.count('"""', 0, start) % 2:
+        at = before.find('"""', start)
+        if at < 0:
+            return "string"
+        at += 3
+    while match := scan.search(before, at):
+        at = match.end()
+        if match["comment"] is not None:
+            is_closed = match["comment"].startswith("/*") and match["comment"].endswith("*/")
+            if at == len(before) and not is_closed:
+                return "comment"
+        elif match["long"] is not None:
+            closed = before.find(match["long"], at)
+            if closed < 0:
+                return "string"
+            at = closed + len(match["long"])
+        elif at == len(before) and (match["dq"] if match["dq"] is not None else match["sq"]) == "":
+            return "string"
+    return "code"
+
+
+def _no(reason: str) -> Decision:
+    return Decision(False, reason, "none", 0)
+
+
+def should_ask(before: str, after: str, language: str, invoked: bool) -> Decision:
+    """Decides by the text around the cursor; `language` is the protocol's language id.
+
+    A request that a person made by hand (`invoked`) is always asked.
     """
-    line = before[_last_break(before) :]
-    rest = re.split(r"[\r\n]", after, maxsplit=1)[0]
-    is_mid_line = not set(rest) <= _CLOSERS
-    inside_word = bool(line) and _is_word(line[-1]) and bool(rest) and _is_word(rest[0])
+    line = before[before.rfind("\n") + 1 :]
+    rest = after.partition("\n")[0].strip()
     if not invoked:
-        if inside_word:
-            return Decision(False, "inside a word")
         if not before.strip() and not after.strip():
-            return Decision(False, "an empty file")
-    if is_mid_line:
-        return Decision(True, "code follows in the line", "line", LINE_TOKENS)
-    if _COMMENT.match(line):
-        return Decision(True, "a comment", "line", LINE_TOKENS)
-    if rest.strip():
-        return Decision(True, "brackets follow in the line", "line", LINE_TOKENS)
-    if invoked or not line.strip() or line.rstrip().endswith((":", "{", "(", "[", "=>", "->")):
-        return Decision(True, "a new line", "block", BLOCK_TOKENS)
-    return Decision(True, "a line to finish", "line", LINE_TOKENS)
+            return _no("the document is empty")
+        if after[:1].isalnum() or after[:1] == "_":
+            return _no("the cursor stands inside a word")
+    place = _place(before, language)
+    if place != "code" or language in _PROSE:
+        reason = "prose" if language in _PROSE else place
+        return Decision(True, reason, "line", LINE_LEN if place == "string" else PROSE_LEN)
+    stripped = line.strip()
+    if not invoked and not rest and stripped:
+        ends = language in _SEMICOLONS or language in _SEMICOLONS_TOO
+        if ends and stripped.endswith(";"):
+            return _no("the statement is finished")
+        if language == "python" and _FINISHED.match(line.rstrip()):
+            return _no("the statement is finished")
+    if rest.strip(")]};,:\"'`> "):
+        return Decision(True, "code follows on the line", "line", LINE_LEN)
+    opener = (":", "(", "[", "{") if language == "python" else ("{", "(", "[")
+    if stripped:
+        if stripped.endswith(opener[-1] if language != "python" else opener) and not rest:
+            return Decision(True, "a new block", "block", BLOCK_LEN)
+        return Decision(True, "the end of a line", "line", LINE_LEN)
+    above = before.rstrip()
+    last_line = above[above.rfind("\n") + 1 :]
+    if last_line.endswith(opener):
+        if _OPENS_BODY.search(last_line) and not _body_follows(last_line, after):
+            return Decision(True, "a new body", "scope", SCOPE_LEN)
+        return Decision(True, "a new block", "block", BLOCK_LEN)
+    return Decision(True, "a new line", "block", BLOCK_LEN)
 
 
-def _last_break(text: str) -> int:
-    return max(text.rfind("\n"), text.rfind("\r")) + 1
-
-
-def _is_word(char: str) -> bool:
-    return char.isalnum() or char == "_"
+def _body_follows(opener: str, after: str) -> bool:
+    """Whether a line indented deeper than `opener` comes next."""
+    depth = len(opener) - len(opener.lstrip())
+    below = next((each for each in after[:1024].split("\n")[1:] if each.strip()), "")
+    return len(below) - len(below.lstrip()) > depth
 
 
 class Debounce:
-    """How long to wait for another key before asking, from how fast answers have been.
+    """How long to wait after a keystroke: not at all while the engine is idle and fast."""
 
-    Where an answer takes less time than a fast typist's next key there is no wait at all.
-    """
-
-    FREE_MS: Final = 150.0
-    MAX_MS: Final = 400.0
-    WEIGHT: Final = 0.2
+    FAST_MS: Final = 150.0
+    MAX_MS: Final = 300.0
+    _WEIGHT: Final = 0.3
 
     def __init__(self) -> None:
         self._latency_ms = 0.0
+        self._busy = False
 
-    def observe(self, latency_ms: float, *, busy: bool = False) -> None:
-        """Note how long an answer took; `busy`: other requests stood before it."""
-        weight = self.WEIGHT / 2 if busy else self.WEIGHT
-        self._latency_ms += weight * (latency_ms - self._latency_ms)
+    def observe(self, latency_ms: float, busy: bool) -> None:
+        """Takes in the latency of an answer and whether others are still being computed."""
+        latency_ms = max(0.0, latency_ms)
+        if self._latency_ms:
+            self._latency_ms += self._WEIGHT * (latency_ms - self._latency_ms)
+        else:
+            self._latency_ms = latency_ms
+        self._busy = busy
 
     def delay_ms(self) -> float:
-        """Milliseconds to wait; 0 where answers are fast."""
-        return min(max(0.0, (self._latency_ms - self.FREE_MS) / 2), self.MAX_MS)
+        """Milliseconds to wait before the next automatic request, 0 to 300."""
+        if self._latency_ms <= self.FAST_MS and not self._busy:
+            return 0.0
+        return min(self.MAX_MS, self._latency_ms / 2)

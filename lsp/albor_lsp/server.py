@@ -18,6 +18,7 @@ from albor_lsp.launcher import Launcher
 from albor_lsp.rpc import Peer, RpcError
 from albor_lsp.service import Health, Service
 from albor_lsp.settings import Settings, read_settings_file, settings_path, updated
+from albor_lsp.statistics import Statistics, as_text, statistics_path
 
 __all__ = ["COMMANDS", "LanguageServer"]
 
@@ -25,6 +26,7 @@ NOT_INITIALIZED: Final = -32002
 INVALID_REQUEST: Final = -32600
 INVALID_PARAMS: Final = -32602
 INVOKED: Final = 1
+FLUSH_S: Final = 60.0
 ENCODINGS: Final = ("utf-8", "utf-16", "utf-32")
 TRIGGERS: Final = [".", "(", "[", "{", ",", "=", ":", " "]
 """Characters after which a client of textDocument/completion asks."""
@@ -63,7 +65,7 @@ class LanguageServer:
         done: set at exit.
     """
 
-    def __init__(self, peer: Peer, log_lines: Callable[[], list[str]] = lambda: []) -> None:
+    def __init__(self, peer: Peer, log_lines: Callable[[], list[str]] = list) -> None:
         self.exit_code: int | None = None
         self.done = asyncio.Event()
         self._peer = peer
@@ -77,6 +79,8 @@ class LanguageServer:
         self._launcher: Launcher | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._latency: dict[str, float] = {}
+        self._source = ""
+        self._statistics = Statistics(statistics_path())
         peer.gate = self._gate
         peer.handlers |= {
             "initialize": self._initialize,
@@ -106,6 +110,7 @@ class LanguageServer:
             await self._service.close()
         if self._launcher is not None:
             self._launcher.close()
+        self._statistics.flush()
 
     # --- life ---
 
@@ -138,6 +143,7 @@ class LanguageServer:
             self._settings,
             folders[0] if folders else None,
             on_answer=self._answered,
+            on_accept=self._accepted,
         )
         self._state = "running"
         info = {"name": "albor", "version": __version__}
@@ -148,7 +154,7 @@ class LanguageServer:
         return self._begin()
 
     async def _begin(self) -> None:
-        registrations = []
+        registrations: list[tuple[str, dict[str, Any]]] = []
         if self._client.registers_inline:
             registrations.append(("textDocument/inlineCompletion", {"documentSelector": None}))
         if self._client.registers_configuration:
@@ -163,6 +169,9 @@ class LanguageServer:
             await self._read_configuration()
         if self._service is not None:
             self._service.start()
+        while True:
+            await asyncio.sleep(FLUSH_S)
+            await asyncio.to_thread(self._statistics.flush)
 
     def _shutdown(self, _params: Any) -> None:
         self._state = "shut"
@@ -348,12 +357,13 @@ class LanguageServer:
         if command == "albor.explain":
             return self._explain()
         if command == "albor.stats":
-            return "No statistics yet.\n"
+            return f"```\n{as_text(self._statistics.days())}```\n"
         raise RpcError(INVALID_PARAMS, f"no such command: {str(command)[:60]}")
 
     async def _restart(self) -> None:
         if self._service is not None:
-            await self._service.restart()
+            settings = self._settings
+            await self._service.restart(api_key=settings.api_key, model=settings.model)
 
     async def _explain(self) -> str:
         explained = self._helper.explained()
@@ -385,13 +395,22 @@ class LanguageServer:
 
     # --- status ---
 
+    def _accepted(self, explained: Explained) -> None:
+        if self._settings.statistics:
+            self._statistics.accepted(explained.shown)
+
     def _answered(self, explained: Explained) -> None:
+        if self._settings.statistics and explained.is_new:
+            self._statistics.shown(explained.shown, explained.total_ms)
         self._latency = dict(explained.answer.timings) | {"shown_ms": round(explained.total_ms, 2)}
+        self._source = explained.source
         self._status()
 
     def _tell(self, health: Health) -> None:
         _log.info("server: %s %s %s", health.state, health.model, health.message)
         self._status()
+        if health.state == "ready" and self._assistant is not None:
+            self._assistant.server_came()
 
     def _tell_start(self, message: str) -> None:
         _log.info("%s", message)
@@ -411,6 +430,7 @@ class LanguageServer:
                 "model": health.model,
                 "server": health.address,
                 "latency": self._latency,
+                "source": self._source,
             },
         )
 

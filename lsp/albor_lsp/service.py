@@ -8,10 +8,11 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from albor_lsp.context import Chunk
-from albor_lsp.errors import LspError, ServerDown, ServerRefused
+from albor_lsp.errors import LspError, ServerDownError, ServerRefusedError
+from albor_lsp.fim_dialects import Family, family_of, infill_body, suffix_body, token_body
 from albor_lsp.http import Address, HttpClient
 from albor_lsp.policy import StopScope
 
@@ -70,11 +71,21 @@ class Answer:
 class Capabilities:
     """What a server was found to be."""
 
-    kind: str
-    """albor, or another program."""
+    kind: Literal["albor", "infill", "suffix", "tokens"]
+    """albor-serve; llama-server's /infill; /v1/completions with `suffix`; the same without it."""
     model: str
-    is_albor: bool = False
-    """Takes and tells all that albor-serve does."""
+    family: Family | None = None
+    """Whose control tokens are written out, for the kind "tokens"."""
+
+    @property
+    def is_albor(self) -> bool:
+        """Takes and tells all that albor-serve does."""
+        return self.kind == "albor"
+
+    @property
+    def works_ahead(self) -> bool:
+        """Whether it may be asked for what is not needed yet: it is local and keeps a cache."""
+        return self.kind in ("albor", "infill")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +154,10 @@ class Service:
             await asyncio.gather(self._looking, return_exceptions=True)
         await self._disconnect()
 
-    async def restart(self) -> None:
-        """Forget the server and look for one at once."""
+    async def restart(self, *, api_key: str, model: str) -> None:
+        """Forget the server and look for one at once, with this key and model."""
+        self._api_key = api_key or os.environ.get("ALBOR_API_KEY", "")
+        self._model = model
         if self._looking is not None:
             self._looking.cancel()
             await asyncio.gather(self._looking, return_exceptions=True)
@@ -158,27 +171,29 @@ class Service:
         """Ask; `on_text` gets pieces of the first choice as they come.
 
         Raises:
-            ServerDown: there is no server, or it is gone; it is being looked for.
-            ServerRefused: it can't or won't answer this.
+            ServerDownError: there is no server, or it is gone; it is being looked for.
+            ServerRefusedError: it can't or won't answer this.
         """
         client, capabilities = self._client, self.capabilities
         if client is None or capabilities is None:
             self.start()
-            raise ServerDown(self.health.message or "no server yet")
-        body = _body(ask, capabilities, self._model)
+            raise ServerDownError(self.health.message or "no server yet")
+        path, body = _request(ask, capabilities, self._model)
+        if path is None:
+            return Answer(())
         answer = _Collected(on_text)
         try:
             whole = await client.post(
-                "/v1/completions",
+                path,
                 body,
                 timeout_s=self._timeout_s,
                 headers={"X-Session-Id": ask.session},
                 on_event=answer.add,
             )
-        except ServerDown as error:
+        except ServerDownError as error:
             await self._lost(client, error)
             raise
-        except ServerRefused as error:
+        except ServerRefusedError as error:
             if error.status in (401, 403, 503):
                 await self._lost(client, error)
             raise
@@ -226,7 +241,7 @@ class Service:
             return
 
     def _health_of(self, error: LspError) -> Health:
-        if isinstance(error, ServerRefused):
+        if isinstance(error, ServerRefusedError):
             if error.status == 503:
                 return Health("loading", "the server is loading its model")
             return Health("refused", str(error))
@@ -239,31 +254,81 @@ class Service:
 
 
 async def _probe(client: HttpClient, model: str) -> Capabilities:
-    """Find out what answers. Raises LspError."""
+    """Find out what answers, and how it is asked to fill in the middle. Raises LspError."""
     answer = await client.get("/v1/models", timeout_s=PROBE_S)
     models = answer.get("data", []) if isinstance(answer, dict) else []
     first = models[0] if models and isinstance(models[0], dict) else {}
     name = model or str(first.get("id", ""))
-    is_albor = first.get("owned_by") == "albor"
-    return Capabilities("albor" if is_albor else "another server", name, is_albor)
+    owner = first.get("owned_by")
+    if owner == "albor":
+        return Capabilities("albor", name)
+    if owner == "llamacpp":
+        return await _probe_infill(client, name)
+    body = suffix_body("a = ", "\n", "line", 1, name) | {"stream": False}
+    try:
+        await client.post("/v1/completions", body, timeout_s=PROBE_S * 4)
+    except ServerRefusedError as error:
+        if error.status in (401, 403, 503):
+            raise
+        family = family_of(name)
+        if family is None:
+            raise ServerRefusedError(
+                error.status,
+                f"the server does not fill in the middle with {name or 'its model'}: {error}",
+            ) from error
+        return Capabilities("tokens", name, family)
+    return Capabilities("suffix", name)
 
 
-def _body(ask: Ask, capabilities: Capabilities, model: str) -> dict[str, Any]:
+async def _probe_infill(client: HttpClient, name: str) -> Capabilities:
+    body = infill_body("a = ", "\n", [], "line", 1) | {"stream": False}
+    try:
+        await client.post("/infill", body, timeout_s=PROBE_S * 4)
+    except ServerRefusedError as error:
+        if error.status in (401, 403, 503):
+            raise
+        family = family_of(name)
+        if family is None:
+            raise ServerRefusedError(
+                error.status, f"the model {name} does not fill in the middle: {error}"
+            ) from error
+        return Capabilities("tokens", name, family)
+    return Capabilities("infill", name)
+
+
+def _request(ask: Ask, capabilities: Capabilities, model: str) -> tuple[str | None, dict[str, Any]]:
+    """(path, body) of a question; no path where the server has no use for it."""
+    if capabilities.is_albor:
+        return "/v1/completions", _albor_body(ask, model)
+    prefix = ask.prefix + ask.typed_ahead
+    scope, size = ask.stop_scope, ask.max_tokens
+    if capabilities.kind == "infill":
+        chunks = [(chunk.path, chunk.text) for chunk in ask.chunks]
+        return "/infill", infill_body(prefix, ask.suffix, chunks, scope, size)
+    if size == 0 or ask.num_choices > 1:
+        return None, {}
+    if capabilities.family is not None:
+        body = token_body(prefix, ask.suffix, scope, size, capabilities.model, capabilities.family)
+    else:
+        body = suffix_body(prefix, ask.suffix, scope, size, capabilities.model)
+    return "/v1/completions", body
+
+
+def _albor_body(ask: Ask, model: str) -> dict[str, Any]:
     body: dict[str, Any] = {
         "prompt": ask.prefix,
         "suffix": ask.suffix,
         "max_tokens": ask.max_tokens,
         "temperature": ask.temperature,
         "stream": ask.num_choices == 1 and ask.max_tokens > 0 and not ask.logprobs,
+        "albor": _extension(ask),
     }
-    if model or not capabilities.is_albor:
-        body["model"] = model or capabilities.model
+    if model:
+        body["model"] = model
     if ask.num_choices > 1:
         body["n"] = ask.num_choices
     if ask.logprobs:
         body["logprobs"] = 0
-    if capabilities.is_albor:
-        body["albor"] = _extension(ask)
     return body
 
 
@@ -305,11 +370,15 @@ class _Collected:
         """Take an event of a stream, or a whole answer."""
         error = event.get("error")
         if isinstance(error, dict):
-            raise ServerRefused(500, str(error.get("message", "the server failed"))[:200])
-        for choice in event.get("choices", ()):
+            raise ServerRefusedError(500, str(error.get("message", "the server failed"))[:200])
+        if "content" in event:
+            # llama-server's /infill.
+            self._take(0, str(event["content"]))
+            for name, value in (event.get("timings") or {}).items():
+                self._whole.setdefault("timings", {})[name] = value
+        for choice in event.get("choices") or ():
             index = choice.get("index", 0)
-            piece = choice.get("text") or ""
-            self._texts[index] = self._texts.get(index, "") + piece
+            self._take(index, choice.get("text") or "")
             if index == 0:
                 self._choice |= choice.get("albor") or {}
                 logprobs = choice.get("logprobs") or {}
@@ -320,9 +389,12 @@ class _Collected:
                     )
                     if value is not None
                 ]
-                if piece:
-                    self._on_text(piece)
         self._whole |= event.get("albor") or {}
+
+    def _take(self, index: int, piece: str) -> None:
+        self._texts[index] = self._texts.get(index, "") + piece
+        if piece and index == 0:
+            self._on_text(piece)
 
     def finish(self) -> Answer:
         """The answer as a whole."""

@@ -51,13 +51,19 @@ class Settings:
         ("albor-serve",),
         "Program and arguments of the server to start, such as a model file after the program.",
     )
-    context_chars: int = _setting(
-        6000,
-        "Characters around the cursor that the model reads; three quarters of them before it.",
-        least=200,
-        most=200_000,
+    prefix_lines: int = _setting(
+        128,
+        "Lines before the cursor that the model reads, and up to 63 more.",
+        least=1,
+        most=10_000,
+    )
+    suffix_lines: int = _setting(
+        32, "Lines after the cursor that the model reads, and up to 63 more.", least=1, most=10_000
     )
     other_files: bool = _setting(True, "Let the model read pieces of other files of the project.")
+    other_files_tokens: int = _setting(
+        512, "Size of the pieces of other files in tokens, at most.", least=0, most=100_000
+    )
     max_tokens: int = _setting(96, "Length of a suggestion in tokens, at most.", least=1, most=4096)
     multiline: bool = _setting(True, "Suggest several lines where a new statement or block begins.")
     min_confidence: float = _setting(

@@ -1,133 +1,165 @@
-"""The ending of a suggestion: nothing twice, no loose brackets, the file's own indentation."""
+"""What is shown of an answer: without what already stands after the cursor, and well-formed."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["Indent", "indent_of", "tidy"]
+__all__ = ["Indent", "detect_indent", "tidy"]
 
-_PAIRS: Final = {")": "(", "]": "[", "}": "{"}
+MIN_WORD_CHARS: Final = 3
+"""Lines with fewer letters and digits (a bracket, `fi`) repeat by chance."""
+MAX_LOOK_CHARS: Final = 6144
+"""How much code on each side of the cursor is read."""
+MAX_LOOP_LINES: Final = 4
+_OPENERS: Final = {"(": ")", "[": "]", "{": "}"}
+_CLOSERS: Final = frozenset(_OPENERS.values())
+_TOKENS: Final = re.compile(r"\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'|[()\[\]{}]")
 
 
 @dataclass(frozen=True, slots=True)
 class Indent:
-    """How a file indents."""
+    """A file's indentation: tabs, or `width` spaces a level (a tab stands for `width` spaces)."""
 
-    uses_tabs: bool = False
+    use_tabs: bool = False
     width: int = 4
-    """Columns of one level."""
 
 
-def indent_of(lines: Iterable[str]) -> Indent:
-    """What most indented lines of a file begin with; four spaces where none is indented."""
-    num_tabs, widths = 0, []
-    for line in lines:
-        if line.startswith("\t"):
-            num_tabs += 1
-        elif line.startswith(" ") and line.strip():
-            widths.append(len(line) - len(line.lstrip(" ")))
-    if num_tabs > len(widths):
-        return Indent(uses_tabs=True)
-    for width in (4, 2, 8, 3):
-        if widths and sum(each % width == 0 for each in widths) > 0.9 * len(widths):
-            return Indent(width=width)
-    return Indent()
+def detect_indent(text: str, default: Indent = Indent()) -> Indent:
+    """The indentation of a file by its first 6144 characters, or `default` where none shows."""
+    leads = re.findall(r"^([ \t]+)\S", text[:MAX_LOOK_CHARS], re.MULTILINE)
+    tabs = sum(lead[0] == "\t" for lead in leads)
+    if tabs * 2 > len(leads):
+        return Indent(True, default.width)
+    widths = [len(lead) for lead in leads if lead[0] == " " and len(lead) > 1]
+    return Indent(False, min(8, min(widths))) if widths else default
 
 
 def tidy(text: str, before: str, after: str, indent: Indent) -> str | None:
-    """What to show of a model's answer; None for nothing.
+    """The part of an answer that is worth showing, or None; its line ends are line feeds.
 
-    Args:
-        text: the answer.
-        before: the text before the cursor.
-        after: the text after it.
-        indent: the file's.
+    `before` and `after` are the code around the cursor, at least their nearest lines.
     """
-    text = _indented(text.replace("\r\n", "\n").replace("\r", "\n"), indent)
-    rest, _, following = after.replace("\r\n", "\n").partition("\n")
-    text = _without_next_lines(text, following)
+    before = before[-MAX_LOOK_CHARS:].replace("\r\n", "\n")
+    after = after[:MAX_LOOK_CHARS].replace("\r\n", "\n")
+    line_start = before.rpartition("\n")[2]
+    text = _indented(text.replace("\r\n", "\n").replace("\r", "\n"), line_start, indent)
+    # Each cut can bring another repetition to the end. Cuts only shorten, so this ends.
+    while True:
+        shorter = _trim(text, before, after)
+        if shorter == text:
+            break
+        text = shorter
+    return text if text.strip() else None
+
+
+def _trim(text: str, before: str, after: str) -> str:
+    rest, _, below = after.partition("\n")
     text = _without_rest(text, rest)
-    text = _balanced(text, before, rest)
-    text = text.rstrip()
-    if not text.strip() or text.strip() == rest.strip():
-        return None
-    if not text.startswith("\n") and _ends_blank(before):
-        text = text.lstrip(" \t") if _line_of(before).strip() else text
-    return text or None
+    text = _without_loops(text, before)
+    text = _without_following(text, before.rpartition("\n")[2], below)
+    text = _balanced(text, before, after)
+    return "\n".join(line.rstrip() for line in text.split("\n")).rstrip()
 
 
-def _ends_blank(before: str) -> bool:
-    return before.endswith((" ", "\t"))
+def _num_word_chars(text: str) -> int:
+    return sum(map(str.isalnum, text))
 
 
-def _line_of(before: str) -> str:
-    return before[max(before.rfind("\n"), before.rfind("\r")) + 1 :]
+def _indented(text: str, line_start: str, indent: Indent) -> str:
+    first, *others = text.split("\n")
+    if not line_start.strip():
+        first = _reindent(first, indent)
+    return "\n".join([first, *(_reindent(line, indent) for line in others)])
 
 
-def _indented(text: str, indent: Indent) -> str:
-    """Leading blanks of all lines but the first in the file's kind."""
-    if "\n" not in text:
-        return text
-    if indent.uses_tabs:
-        if "\n " not in text:
-            return text
-
-        def to_tabs(match: re.Match[str]) -> str:
-            blanks = match[0][1:].expandtabs(4)
-            return "\n" + "\t" * (len(blanks) // 4) + " " * (len(blanks) % 4)
-
-        return re.sub(r"\n[ \t]+", to_tabs, text)
-    if "\n\t" not in text:
-        return text
-    return re.sub(r"\n[ \t]+", lambda match: match[0].expandtabs(indent.width), text)
-
-
-def _without_next_lines(text: str, following: str) -> str:
-    """Cut where the answer goes on with the line that follows the cursor anyway."""
-    next_line = next((line.strip() for line in following.split("\n") if line.strip()), "")
-    if sum(char.isalnum() for char in next_line) < 3:
-        return text
-    lines = text.split("\n")
-    for at, line in enumerate(lines[1:], start=1):
-        if line.strip() == next_line:
-            return "\n".join(lines[:at])
-    return text
+def _reindent(line: str, indent: Indent) -> str:
+    body = line.lstrip(" \t")
+    lead = line[: len(line) - len(body)]
+    if indent.use_tabs:
+        columns = len(lead.expandtabs(indent.width))
+        return "\t" * (columns // indent.width) + " " * (columns % indent.width) + body
+    return lead.expandtabs(indent.width) + body
 
 
 def _without_rest(text: str, rest: str) -> str:
-    """Cut what already stands between the cursor and the end of its line."""
+    """Cuts what repeats the rest of the cursor's line; goes over lines only before closers."""
     rest = rest.rstrip()
-    if not rest:
-        return text
-    first = text.partition("\n")[0].rstrip()
-    # With code after the cursor only one line can be inserted without tearing it from its own.
-    if first.endswith(rest):
-        return first[: len(first) - len(rest)]
-    head = rest.lstrip()
-    if len(head) > 2 and head in first:
-        return first[: first.index(head)]
-    return first
-
-
-def _balanced(text: str, before: str, rest: str) -> str:
-    """Cut the first closing bracket that neither the answer nor its line has opened.
-
-    Brackets after the cursor in its line are taken as the partners of those before it.
-    """
-    opened = [char for char in _line_of(before) if char in "([{"]
     if not rest.strip():
         return text
-    missing = [char for char in rest if char in _PAIRS]
-    stack: list[str] = []
-    for at, char in enumerate(text):
-        if char in "([{":
-            stack.append(char)
-        elif char in _PAIRS:
-            if stack:
-                stack.pop()
-            elif missing and len(opened) <= len(missing):
-                return text[:at]
+    if any(char not in ")]};,:\"'`> " for char in rest):
+        text = text.partition("\n")[0]
+    lines = text.rstrip().split("\n")
+    for at, line in enumerate(lines):
+        # Before a closer, a line that ends with the rest is where the answer met what follows.
+        if line.endswith(rest) and (at in (0, len(lines) - 1)):
+            return "\n".join([*lines[:at], line[: -len(rest)]])
+    text = "\n".join(lines)
+    for length in range(min(len(rest), len(text)) - 1, 0, -1):
+        overlap = rest[:length]
+        if _num_word_chars(overlap) >= MIN_WORD_CHARS and text.endswith(overlap):
+            return text[:-length]
     return text
+
+
+def _without_loops(text: str, before: str) -> str:
+    """Cuts lines that repeat the ones just above, one to four lines at a time."""
+    *above, start = before.split("\n")
+    first, *others = text.split("\n")
+    context = above[-MAX_LOOP_LINES:]
+    lines = [*context, start + first, *others]
+    for end in range(len(context) + 1, len(lines) + 1):
+        for period in range(1, MAX_LOOP_LINES + 1):
+            again = [line.rstrip() for line in lines[end - period : end]]
+            earlier = [line.rstrip() for line in lines[max(0, end - 2 * period) : end - period]]
+            is_old = end - period < len(context)
+            if is_old or again != earlier or _num_word_chars("".join(again)) < MIN_WORD_CHARS:
+                continue
+            num_kept = end - period - len(context)
+            return "\n".join(text.split("\n")[:num_kept])
+    return text
+
+
+def _without_following(text: str, line_start: str, below: str) -> str:
+    """Cuts from the line on that repeats the next line of the file, and a tail of such lines."""
+    following = [line.rstrip() for line in below.split("\n") if line.strip()]
+    if not following:
+        return text
+    lines = text.split("\n")
+    whole = [line.rstrip() for line in (line_start + lines[0], *lines[1:])]
+    if _num_word_chars(following[0]) >= MIN_WORD_CHARS and following[0] in whole:
+        return "\n".join(lines[: whole.index(following[0])])
+    for length in range(min(len(whole) - 1, len(following)), 0, -1):
+        if whole[-length:] == following[:length]:
+            return "\n".join(lines[:-length])
+    return text
+
+
+def _unmatched(text: str) -> tuple[list[str], list[tuple[int, str]]]:
+    """(closers that open brackets ask for, unmatched closers with their places)."""
+    wanted: list[str] = []
+    extra: list[tuple[int, str]] = []
+    for match in _TOKENS.finditer(text):
+        token = match.group()
+        if token in _OPENERS:
+            wanted.append(_OPENERS[token])
+        elif token in _CLOSERS:
+            if wanted and wanted[-1] == token:
+                wanted.pop()
+            else:
+                extra.append((match.start(), token))
+    return wanted, extra
+
+
+def _balanced(text: str, before: str, after: str) -> str:
+    """Cuts at the first closer that the code after the cursor already has."""
+    _, closers = _unmatched(text)
+    if not closers:
+        return text
+    wanted, _ = _unmatched(before)
+    _, following = _unmatched(after)
+    if not following:
+        return text
+    num_allowed = max(0, len(wanted) - len(following))
+    return text[: closers[num_allowed][0]] if len(closers) > num_allowed else text

@@ -11,7 +11,7 @@ from itertools import count
 from typing import Any, Final
 
 from albor_serve.bench.peers import process_cpu_seconds
-from albor_serve.bench.replay.clients.base import Client, EditorState
+from albor_serve.bench.replay.clients.base import Client, EditorState, RequestRecord
 from albor_serve.bench.replay.clock import Clock
 from albor_serve.bench.replay.scenes import Source
 from albor_serve.errors import BackendError, ConfigError
@@ -51,6 +51,7 @@ class LspClient(Client):
         self._asking: tuple[int, asyncio.Task[None]] | None = None
         self._item_command: dict[str, Any] | None = None
         self._opened: list[str] = []
+        self._last_timings: dict[str, Any] = {}
 
     def cpu_seconds(self) -> float:
         """Of the language server's process."""
@@ -207,6 +208,8 @@ class LspClient(Client):
         if "method" in message:
             if "id" in message:
                 self._send({"id": message["id"], "result": self._reply(message)})
+            elif message["method"] == "albor/status":
+                self._note_cost(message["params"])
             return
         answer = self._answers.get(message["id"])
         if answer is None or answer.done():
@@ -215,6 +218,16 @@ class LspClient(Client):
             answer.set_exception(BackendError(f"{self._command[0]}: {message['error']}"))
         else:
             answer.set_result(message.get("result"))
+
+    def _note_cost(self, status: dict[str, Any]) -> None:
+        """What albor-lsp tells after each suggestion; what was in its cache cost nothing."""
+        timings = status.get("latency") or {}
+        if status.get("source") in ("computed", "joined") and timings != self._last_timings:
+            self._last_timings = timings
+            prompt = int(timings.get("num_prompt_tokens", 0))
+            new = prompt - int(timings.get("num_cached_tokens", 0))
+            decoded = int(timings.get("num_new_tokens", 0))
+            self.work.answers.append(RequestRecord(prompt, new, decoded, is_shown=True))
 
     def _reply(self, message: dict[str, Any]) -> Any:
         if message["method"] == "workspace/configuration":

@@ -1,0 +1,307 @@
+"""The assistant in process, in front of a server that answers as told."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+from albor_lsp.assistant import Assistant, Explained, Selected
+from albor_lsp.document import Change, Point, Position
+from albor_lsp.http import Address
+from albor_lsp.service import Service
+from albor_lsp.settings import Settings
+
+from tests.lsp.fakes import FakeServer, until
+
+URI = "file:///work/a.py"
+HEAD = "import os\n\n\ndef add(first, second):\n    total = "
+QUIET = Settings(prefetch=False, warm_up=False, look_ahead=False)
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(work)
+
+
+class Typist:
+    """One person in one document."""
+
+    def __init__(self, assistant: Assistant, text: str, after: str = "\n") -> None:
+        self.assistant = assistant
+        self.text = text
+        self.version = 0
+        assistant.open(URI, "python", text + after)
+
+    @property
+    def place(self) -> Position:
+        return Position(self.text.count("\n"), len(self.text.rpartition("\n")[2]))
+
+    def type(self, text: str) -> None:
+        place = self.place
+        self.text += text
+        self.version += 1
+        self.assistant.change(URI, [Change(text, place, place)], "utf-16", self.version)
+
+    async def ask(self, **more: Any) -> list[str]:
+        found = await self.assistant.complete(URI, self.place, "utf-16", **more)
+        return [each.text for each in found]
+
+
+@contextlib.asynccontextmanager
+async def assisted(
+    settings: Settings = QUIET, root: Path | None = None, **more: Any
+) -> AsyncIterator[tuple[FakeServer, Assistant]]:
+    async with FakeServer() as server:
+
+        async def find() -> Address:
+            return Address(port=server.port)
+
+        service = Service(find)
+        service.start()
+        await until(lambda: service.is_ready)
+        assistant = Assistant(service, settings, root, **more)
+        try:
+            yield server, assistant
+        finally:
+            await assistant.close()
+            await service.close()
+
+
+def test_a_suggestion_and_typing_through_all_of_it() -> None:
+    async def main() -> None:
+        async with assisted() as (server, assistant):
+            server.reply = lambda _body: "first + second"
+            person = Typist(assistant, HEAD)
+            assert await person.ask() == ["first + second"]
+            assert server.bodies[0]["prompt"] == HEAD
+            assert server.bodies[0]["suffix"] == "\n"
+            for at, char in enumerate("first + secon", 1):
+                person.type(char)
+                assert await person.ask() == ["first + second"[at:]]
+            assert len(server.bodies) == 1
+            person.type("X")
+            await person.ask()
+            assert len(server.bodies) == 2
+
+    run(main())
+
+
+def test_an_answer_that_is_coming_is_joined_while_it_agrees() -> None:
+    async def main() -> None:
+        async with assisted() as (server, assistant):
+            server.reply = lambda _body: "first + second"
+            server.piece_delay_s = 0.05
+            person = Typist(assistant, HEAD)
+            early = asyncio.create_task(person.ask())
+            await until(lambda: bool(server.bodies))
+            await asyncio.sleep(0.02)
+            person.type("f")
+            assert await person.ask() == ["irst + second"]
+            assert await early == []  # superseded, yet answered
+            assert len(server.bodies) == 1
+
+    run(main())
+
+
+def test_an_answer_that_no_longer_agrees_is_given_up() -> None:
+    async def main() -> None:
+        async with assisted() as (server, assistant):
+            server.reply = lambda body: "x" * 30 if body["prompt"].endswith("q") else "y" * 30
+            server.piece_delay_s = 0.05
+            person = Typist(assistant, HEAD)
+            early = asyncio.create_task(person.ask())
+            await until(lambda: bool(server.bodies))
+            await asyncio.sleep(0.02)
+            person.type("q")
+            assert await person.ask() == ["x" * 30]
+            assert await early == []
+            assert server.num_closed == 1
+
+    run(main())
+
+
+def test_work_ahead_of_the_editors_question() -> None:
+    async def main() -> None:
+        settings = Settings(look_ahead=False)
+        async with assisted(settings) as (server, assistant):
+            server.reply = lambda _body: "42"
+            person = Typist(assistant, HEAD)
+            await until(lambda: len(server.bodies) == 1)
+            assert server.bodies[0]["max_tokens"] == 0  # read when it was opened
+            person.type("4")
+            await until(lambda: len(server.asked) == 1)
+            server.reply = lambda _body: "never asked"
+            assert await person.ask() == ["42"]
+            assert len(server.asked) == 1
+
+    run(main())
+
+
+def test_the_suggestion_after_acceptance_is_there_already() -> None:
+    async def main() -> None:
+        settings = Settings(prefetch=False, warm_up=False)
+        async with assisted(settings) as (server, assistant):
+            server.reply = lambda body: (
+                "\n    return total" if body["prompt"].endswith("second") else "first + second"
+            )
+            person = Typist(assistant, HEAD)
+            assert await person.ask() == ["first + second"]
+            await until(lambda: len(server.asked) == 2)
+            assert server.bodies[1]["albor"]["priority"] == "background"
+            person.type("first + second")
+            assert await person.ask() == ["\n    return total"]
+            assert len(server.asked) == 2
+
+    run(main())
+
+
+def test_invoked_gives_several() -> None:
+    async def main() -> None:
+        async with assisted() as (server, assistant):
+            answers = iter(["one", "two"])
+            server.reply = lambda body: next(answers)
+            person = Typist(assistant, HEAD)
+            assert await person.ask(invoked=True) == ["one", "two"]
+            assert server.bodies[1]["n"] == 3
+
+    run(main())
+
+
+def test_a_menus_entry_is_extended() -> None:
+    async def main() -> None:
+        async with assisted() as (server, assistant):
+            server.reply = lambda _body: "(first)"
+            person = Typist(assistant, HEAD + "pri")
+            start, end = Point(4, 12), Point(4, 15)
+            (found,) = await assistant.complete(
+                URI, person.place, "utf-16", selected=Selected(start, end, "print")
+            )
+            assert (found.text, found.start, found.end) == ("print(first)", start, end)
+            assert server.bodies[0]["albor"]["typed_ahead"] == "nt"
+            nothing = await assistant.complete(
+                URI, person.place, "utf-16", selected=Selected(start, end, "Other")
+            )
+            assert nothing == []
+
+    run(main())
+
+
+@pytest.mark.parametrize("name", [".env", "id_rsa", "server.pem"])
+def test_files_with_secrets_stay_here(name: str) -> None:
+    async def main() -> None:
+        async with assisted(Settings()) as (server, assistant):
+            uri = f"file:///work/{name}"
+            assistant.open(uri, "plaintext", "PASSWORD=")
+            assistant.change(uri, [Change("x", Position(0, 9), Position(0, 9))], "utf-16", 1)
+            assert await assistant.complete(uri, Position(0, 10), "utf-16", invoked=True) == []
+            await asyncio.sleep(0.05)
+            assert server.bodies == []
+
+    run(main())
+
+
+def test_text_with_a_key_stays_here() -> None:
+    async def main() -> None:
+        async with assisted(Settings()) as (server, assistant):
+            person = Typist(assistant, 'KEY = "-----BEGIN RSA PRIVATE KEY-----\nabc"\nx = ')
+            person.type("1")
+            assert await person.ask(invoked=True) == []
+            await asyncio.sleep(0.05)
+            assert server.bodies == []
+
+    run(main())
+
+
+def test_pausing_languages_and_unknown_documents() -> None:
+    async def main() -> None:
+        settings = Settings(
+            prefetch=False, warm_up=False, look_ahead=False, disabled_languages=("python",)
+        )
+        async with assisted(settings) as (server, assistant):
+            assert await assistant.complete("file:///none", Position(0, 0), "utf-16") == []
+            assistant.change("file:///none", [Change("x")], "utf-16")
+            assistant.save("file:///none")
+            assistant.close_document("file:///none")
+            person = Typist(assistant, HEAD)
+            assert await person.ask() == []
+            assert await person.ask(invoked=True) == ["x"]
+            assistant.is_paused = True
+            assert await person.ask(invoked=True) == []
+            assistant.close_document(URI)
+            assert await person.ask() == []
+            assert len(server.asked) == 2
+
+    run(main())
+
+
+def test_a_failing_server_is_an_empty_answer() -> None:
+    async def main() -> None:
+        async with assisted() as (server, assistant):
+            person = Typist(assistant, HEAD)
+            server.status = 500
+            assert await person.ask() == []
+            server.status = 200
+            person.type("1")
+            assert await person.ask() == ["x"]
+            await server.stop()
+            person.type("2")
+            assert await person.ask() == []
+            assert await person.ask() == []
+
+    run(main())
+
+
+def test_what_was_shown_and_accepted_is_told() -> None:
+    async def main() -> None:
+        shown: list[Explained] = []
+        accepted: list[Explained] = []
+        async with assisted(on_answer=shown.append, on_accept=accepted.append) as (
+            server,
+            assistant,
+        ):
+            server.reply = lambda _body: "first + second"
+            person = Typist(assistant, HEAD)
+            await person.ask()
+            person.type("f")
+            (found,) = await assistant.complete(URI, person.place, "utf-16")
+            assert [each.is_new for each in shown] == [True, False]
+            assistant.accepted(found.id)
+            assistant.accepted("unknown")
+            assert [each.shown for each in accepted] == ["irst + second"]
+            assert assistant.last is not None
+            assert await assistant.probabilities(assistant.last) == (("first + second", -0.1),)
+
+    run(main())
+
+
+def test_a_new_setting_makes_old_answers_stale() -> None:
+    async def main() -> None:
+        async with assisted() as (server, assistant):
+            person = Typist(assistant, HEAD)
+            await person.ask()
+            assistant.settings = Settings(
+                prefetch=False, warm_up=False, look_ahead=False, max_tokens=5
+            )
+            await person.ask()
+            assert [body["max_tokens"] for body in server.asked][1] == 5
+
+    run(main())
+
+
+def test_brackets_that_the_editor_closed() -> None:
+    async def main() -> None:
+        settings = Settings(warm_up=False, look_ahead=False)
+        async with assisted(settings) as (server, assistant):
+            server.reply = lambda _body: "first"
+            person = Typist(assistant, HEAD + "abs")
+            person.type("()")
+            await until(lambda: bool(server.asked))
+            assert server.asked[0]["prompt"].endswith("abs(")
+            person.text = person.text[:-1]
+            assert await person.ask() == ["first"]
+            assert len(server.asked) == 1
+
+    run(main())
