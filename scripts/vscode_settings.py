@@ -1,4 +1,4 @@
-"""Writes the language server's settings into the VS Code extension's package.json.
+"""Writes the language server's settings into the VS Code extension's package.json and README.
 
 Usage: python scripts/vscode_settings.py        (after a change in lsp/albor_lsp/settings.py)
 """
@@ -12,6 +12,8 @@ from typing import Any, Final
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 PACKAGE: Final = ROOT / "editors" / "vscode" / "package.json"
+README: Final = PACKAGE.with_name("README.md")
+TABLE_HEAD: Final = "| Setting | Default | Meaning |\n| --- | --- | --- |\n"
 OWN: Final = ("enabled", "automatic", "path")
 """Settings that the extension itself carries out."""
 BY_EDITOR: Final = ("enabled", "disabledLanguages")
@@ -64,19 +66,35 @@ def updated(package: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def readme_with_table(readme: str, package: dict[str, Any]) -> str:
+    """The README with one row for each contributed setting."""
+    rows = []
+    for name, value in package["contributes"]["configuration"]["properties"].items():
+        about = value.get("markdownDescription") or value["description"]
+        default = json.dumps(value["default"])
+        rows.append(f"| `{name}` | `{default}` | {about} |\n".replace("||", "\\|\\|"))
+    before, _, rest = readme.partition(TABLE_HEAD)
+    after = rest[rest.index("\n\n") + 1 :]
+    return before + TABLE_HEAD + "".join(rows) + after
+
+
 def _camel(name: str) -> str:
     head, *rest = name.split("_")
     return head + "".join(part.title() for part in rest)
 
 
 def main() -> None:
-    """Rewrite package.json where it differs."""
-    old = PACKAGE.read_text(encoding="utf-8")
-    new = json.dumps(updated(json.loads(old)), indent=2, ensure_ascii=False) + "\n"
-    if new != old:
-        temporary = PACKAGE.with_suffix(".tmp")
-        temporary.write_text(new, encoding="utf-8")
-        temporary.replace(PACKAGE)
+    """Rewrite both files where they differ."""
+    package = updated(json.loads(PACKAGE.read_text(encoding="utf-8")))
+    _write(PACKAGE, json.dumps(package, indent=2, ensure_ascii=False) + "\n")
+    _write(README, readme_with_table(README.read_text(encoding="utf-8"), package))
+
+
+def _write(path: Path, text: str) -> None:
+    if text != path.read_text(encoding="utf-8"):
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
 
 
 if __name__ == "__main__":

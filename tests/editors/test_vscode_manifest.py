@@ -48,8 +48,7 @@ def test_commands_are_registered_contributed_and_in_the_readme(package: dict[str
 
 
 def test_settings_are_in_the_readme(package: dict[str, Any]) -> None:
-    for name in package["contributes"]["configuration"]["properties"]:
-        assert f"`{name}`" in README
+    assert vscode_settings.readme_with_table(README, package) == README
 
 
 def test_no_proposed_api_and_no_telemetry(package: dict[str, Any]) -> None:
