@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -217,12 +216,38 @@ def test_the_installed_extension_is_small() -> None:
     assert unpacked < 1_000_000
 
 
-def test_no_process_is_left(editor: CodeServer, window: Window) -> None:
-    started = {p.pid for p in editor.children() if "albor-lsp" in " ".join(p.cmdline())}
-    assert started
-    window.page.goto("about:blank")
-    deadline = time.monotonic() + 20
-    while started & set(psutil.pids()) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    # The editor keeps a window's extensions for a reconnection; they end with it at the latest,
-    # which the fixture checks.
+def test_starts_everything_by_itself_and_leaves_nothing(
+    browser: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """No server runs and none is named: the language server starts one, for two windows."""
+    home, project = tmp_path / "home", tmp_path / "project"
+    # A short path: the server listens on a socket below it.
+    runtime = tmp_path_factory.mktemp("run")
+    project.mkdir()
+    (project / "shelf.py").write_text(START)
+    real_lsp(home / ".local" / "bin" / "albor-lsp")
+    modules = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {"XDG_RUNTIME_DIR": str(runtime), "PYTHONPATH": modules}
+
+    def of_this_test() -> list[psutil.Process]:
+        return [p for p in psutil.process_iter() if str(runtime) in _command_line(p)]
+
+    with running(CodeServer(home, [VSIX], environment, {})) as server:
+        window = Window(browser.new_page(), server, project)
+        window.page.locator(".gettingStartedContainer").wait_for(timeout=60_000)
+        window.open("shelf.py")
+        window.wait_status("ready", 60)
+        window.type(TYPED)
+        window.wait_ghost()
+        assert of_this_test() != []
+        window.press("Escape")
+        window.run("File: Revert File")
+        window.page.close()
+    wait_for(lambda: of_this_test() == [], "end of albor-serve", 60)
+
+
+def _command_line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""

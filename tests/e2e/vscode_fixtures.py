@@ -34,7 +34,7 @@ def real_lsp(path: Path) -> None:
     """Write a program at `path` that is the language server of this source tree."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
-        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT / 'lsp')!r})\n"
+        f"#!{sys.executable}\nimport sys\nsys.path[:0] = {[str(ROOT / 'lsp'), str(ROOT)]!r}\n"
         "from albor_lsp.cli import main\nsys.exit(main())\n"
     )
     path.chmod(0o755)
