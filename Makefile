@@ -1,7 +1,7 @@
 # Developer commands. Users need only scripts/serve and scripts/test.
 VENV ?= .venv
 
-.PHONY: install fmt check test test-slow test-e2e mutate fuzz bench playground serve clean
+.PHONY: install fmt check test test-slow test-e2e mutate fuzz bench playground vsix serve clean
 
 install:
 	sh scripts/install dev
@@ -45,6 +45,10 @@ bench:
 # The editor library that the page at / carries; needs Node 20 or newer.
 playground:
 	cd scripts/playground && npm ci --ignore-scripts && node build.mjs
+
+# The VS Code extension, editors/vscode/dist/albor.vsix; needs Node 20 or newer.
+vsix:
+	cd editors/vscode && npm ci --ignore-scripts --no-audit --no-fund && npm run check && npm test && npm run package
 
 serve:
 	sh scripts/serve

@@ -1,0 +1,41 @@
+// Bundles the extension into dist/extension.js, or with --tests the unit tests into dist-test/.
+import { build } from "esbuild";
+import { copyFileSync, readdirSync, rmSync } from "node:fs";
+import { dirname, join } from "node:path";
+import { fileURLToPath } from "node:url";
+
+const root = join(dirname(fileURLToPath(import.meta.url)), "..");
+const tests = process.argv.includes("--tests");
+const common = {
+    absWorkingDir: root,
+    bundle: true,
+    platform: "node",
+    target: "node20",
+    format: "cjs",
+    logLevel: "warning",
+};
+
+if (tests) {
+    rmSync(join(root, "dist-test"), { recursive: true, force: true });
+    const names = readdirSync(join(root, "test")).filter((name) => name.endsWith(".test.ts"));
+    await build({
+        ...common,
+        entryPoints: names.map((name) => `test/${name}`),
+        outdir: "dist-test",
+        sourcemap: "inline",
+    });
+} else {
+    rmSync(join(root, "dist"), { recursive: true, force: true });
+    await build({
+        ...common,
+        // In two files: the language client is loaded with the first document, not at start-up.
+        entryPoints: ["src/extension.ts", "src/client.ts"],
+        outdir: "dist",
+        external: ["vscode", "./client"],
+        // The editor gives the module "vscode" to require, not to import.
+        supported: { "dynamic-import": false },
+        minify: true,
+        legalComments: "external",
+    });
+    copyFileSync(join(root, "..", "..", "LICENSE"), join(root, "LICENSE"));
+}
