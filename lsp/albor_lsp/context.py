@@ -134,10 +134,10 @@ class ContextBuilder:
         # because models that read the suffix first would have to read everything again.
         num_after = text.count("\n", offset)
         num_left = max(0, num_after - settings.suffix_lines) // ANCHOR_LINES * ANCHOR_LINES
-        end = len(text)
-        for _ in range(num_left):
-            end = text.rfind("\n", offset, end)
-        end = end + 1 if num_left else end
+        end = offset
+        for _ in range(num_after - num_left):
+            end = text.find("\n", end) + 1
+        end = end if num_left else len(text)
         end = min(end, offset + settings.max_window_chars)
         return Window(text[start:offset], text[offset:end], self._generation)
 

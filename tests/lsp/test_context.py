@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from albor_lsp.context import ContextBuilder
+from albor_lsp.context import ContextBuilder, ContextSettings
 from albor_lsp.ignore import IgnoreRules, holds_secret, is_secret_name
 from albor_lsp.ring import Ring
 from hypothesis import given
