@@ -201,6 +201,7 @@ class Assistant:
         self._ids = count(1)
         self._run = uuid.uuid4().hex[:8]
         self._num_asking = 0
+        self._current: _Open | None = None
 
     @property
     def settings(self) -> Settings:
@@ -235,7 +236,8 @@ class Assistant:
         self._close(uri)
         self._documents[uri] = opened
         self._context.opened(path, text, language)
-        self._warm(opened)
+        # No warm-up yet: where the cursor goes is not known, and from the start of a file a
+        # server would read what it never needs again.
 
     def change(
         self, uri: str, changes: Sequence[Change], encoding: Encoding, version: int = 0
@@ -247,6 +249,7 @@ class Assistant:
         document = opened.document
         end = document.apply(changes, encoding, version)
         opened.num_changes += 1
+        self._current = opened
         if changes[-1].text in _PAIRS:
             # Editors close brackets and quotes: the cursor stands between.
             end = Point(end.line, end.column - 1)
@@ -260,8 +263,8 @@ class Assistant:
 
     def server_came(self) -> None:
         """There is a server now: let it read what the person is at."""
-        for opened in tuple(self._documents.values())[-1:]:
-            self._warm(opened)
+        if self._current is not None and self._current.document.uri in self._documents:
+            self._warm(self._current)
 
     def save(self, uri: str) -> None:
         """A document was saved."""
@@ -297,6 +300,7 @@ class Assistant:
         if opened is None:
             return _nothing()
         point = opened.document.point(position, encoding)
+        self._current = opened
         moved = abs(point.line - opened.point.line)
         opened.point = point
         opened.asked_at = opened.num_changes

@@ -97,7 +97,7 @@ class Settings:
         20_000, "A server that has not answered by then counts as down.", least=100, most=_MAX_MS
     )
     warm_up: bool = _setting(
-        True, "Let the server read a file when it is opened, changed, or the cursor moves."
+        True, "Let the server read the text around the cursor when it changes or the cursor moves."
     )
     prefetch: bool = _setting(
         True, "Ask at each change, without waiting for the editor's own question."
