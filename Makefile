@@ -1,7 +1,7 @@
 # Developer commands. Users need only scripts/serve and scripts/test.
 VENV ?= .venv
 
-.PHONY: install fmt check test test-slow test-e2e mutate bench playground vsix serve clean
+.PHONY: install fmt check test test-slow test-e2e mutate fuzz bench playground vsix serve clean
 
 install:
 	sh scripts/install dev
@@ -26,6 +26,16 @@ test-e2e:
 # How many small changes to the core logic the tests notice; the goal is 85 %.
 mutate: install
 	$(VENV)/bin/mutmut run
+
+# Hostile requests and model files; see fuzz/README.md. FUZZ_SECONDS is for each loader.
+FUZZ_SECONDS ?= 1800
+fuzz: install
+	$(VENV)/bin/pip install --quiet ".[fuzz]"
+	$(VENV)/bin/python -m fuzz.raw --cases 50000
+	$(VENV)/bin/python -m fuzz.http_schema --cases 20000
+	$(VENV)/bin/python -m fuzz.coverage_guided gguf --seconds $(FUZZ_SECONDS)
+	$(VENV)/bin/python -m fuzz.coverage_guided hf --seconds $(FUZZ_SECONDS)
+	$(VENV)/bin/python -m fuzz.coverage_guided load --seconds $(FUZZ_SECONDS)
 
 bench:
 	sh scripts/install dev

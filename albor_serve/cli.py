@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import re
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -21,8 +23,10 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from albor_serve.api.auth import ApiKeys
+    from albor_serve.api.completion import ServedModel
     from albor_serve.api.server import Ready
-    from albor_serve.loader import LoadedModel
+    from albor_serve.loader import LoadedModel, LoadOptions
+    from albor_serve.model_args import NamedModel
 
 __all__ = ["main"]
 
@@ -31,6 +35,7 @@ examples:
   albor-serve                                   the embedded model on http://127.0.0.1:8080
   albor-serve model.gguf --port 9000            a GGUF file
   albor-serve ~/models/Qwen2.5-Coder-0.5B       a Hugging Face folder (becomes Q4_0 once, cached)
+  albor-serve a.gguf=code b.gguf=text           two models; requests pick one with "model"
   albor-serve convert SRC OUT.gguf              convert without serving; see convert --help
 
 then:
@@ -74,8 +79,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(arguments: list[str]) -> int:
     options = _serve_parser().parse_args(arguments)
     _set_up_logging(options.log_level, options.log_format, log_prompts=options.log_prompts)
-    if any(not name.isprintable() or not name.strip() for name in options.alias):
-        raise ConfigError("--alias is empty or not printable: give a name such as code")
     if options.threads is not None and options.threads < 1:
         raise ConfigError(f"--threads is {options.threads}: it must be at least 1")
 
@@ -132,12 +135,18 @@ def _start(
     started: float,
     stop: threading.Event,
 ) -> Ready:
-    """Load the model, complete once with it and make the application.
+    """Load the default model, complete once with it and make the application.
 
     Raises KeyboardInterrupt soon after `stop` is set.
     """
-    from albor_serve.loader import LoadOptions, load_model
+    from albor_serve.checkpoint.lora import parse_adapter
+    from albor_serve.loader import LoadOptions, embedded_name, needed_bytes
+    from albor_serve.model_args import named_models, parse_bytes
 
+    is_embedded = not options.model and options.models_dir is None
+    models = named_models(
+        options.model, options.alias, options.models_dir, embedded_name() if is_embedded else ""
+    )
     chosen = LoadOptions(
         num_slots=options.slots,
         max_seq_len=options.ctx,
@@ -145,42 +154,87 @@ def _start(
         speculate=not options.no_speculation,
         backend=options.backend,
     )
-    with _ProgressLine(stop) as progress:
-        loaded = load_model(options.model, chosen, progress.show)
-    engine = loaded.engine
+    adapters = tuple(parse_adapter(text) for text in options.lora)
+    budget = None if options.max_memory is None else parse_bytes(options.max_memory)
+    # The adapters are the first model's.
+    choices = [replace(chosen, adapters=adapters), *([chosen] * (len(models) - 1))]
+    first, first_token_ms = _load(models[0], choices[0], stop)
     try:
-        engine.start()
-        first_token_ms = _warm_up(loaded)
+        # Not before: the main thread imports the web framework meanwhile.
+        from albor_serve.api.registry import ModelRegistry, ModelSource, RegistryLimits
 
+        registry = ModelRegistry(
+            [
+                ModelSource(
+                    model.name,
+                    functools.partial(_load_served, model, choice, stop),
+                    model.aliases,
+                    functools.partial(needed_bytes, model.path, choice),
+                )
+                for model, choice in zip(models, choices, strict=True)
+            ],
+            RegistryLimits(
+                max_loaded=options.max_loaded,
+                max_memory_bytes=budget,
+                idle_unload_s=options.idle_unload,
+            ),
+        )
+        served = _served(models[0], first)
+        registry.adopt(served)
         from albor_serve.api.app import AppSettings, create_app
-        from albor_serve.api.completion import ServedModel
         from albor_serve.api.server import Ready
 
-        aliases = tuple(dict.fromkeys((*options.alias, loaded.name)))
-        served = ServedModel(
-            name=aliases[0],
-            engine=engine,
-            template=loaded.template,
-            aliases=aliases[1:],
-            description=loaded.description,
-        )
         settings = AppSettings(
             allowed_hosts=_allowed_hosts(options.host),
             cors_origins=tuple(options.cors_origin),
             api_keys=keys,
             log_prompts=options.log_prompts,
         )
-        app = create_app(served, settings)
+        app = create_app(registry, settings)
+        load_s = time.perf_counter() - started
+        text = _greeting(served, address, len(models) - 1, load_s, first_token_ms)
     except BaseException:
-        engine.close()
+        first.engine.close()
         raise
 
     def announce() -> None:
-        print(_greeting(loaded, address, time.perf_counter() - started, first_token_ms), flush=True)
+        print(text, flush=True)
         if not keys and options.uds is None and not _is_loopback(options.host):
             print("anyone who can reach this address can use it: see --api-key-file", flush=True)
 
-    return Ready(app, lambda drain_s: engine.close(drain_s=drain_s), announce)
+    return Ready(app, registry.close, announce)
+
+
+def _load(
+    model: NamedModel, options: LoadOptions, stop: threading.Event
+) -> tuple[LoadedModel, float]:
+    """Load a model and complete once with it: (the model, that completion's prefill in ms)."""
+    from albor_serve.loader import load_model
+
+    with _ProgressLine(stop) as progress:
+        loaded = load_model(model.path, options, progress.show)
+    try:
+        loaded.engine.start()
+        return loaded, _warm_up(loaded)
+    except BaseException:
+        loaded.engine.close()
+        raise
+
+
+def _load_served(model: NamedModel, options: LoadOptions, stop: threading.Event) -> ServedModel:
+    return _served(model, _load(model, options, stop)[0])
+
+
+def _served(model: NamedModel, loaded: LoadedModel) -> ServedModel:
+    from albor_serve.api.completion import ServedModel
+
+    return ServedModel(
+        name=model.name,
+        engine=loaded.engine,
+        template=loaded.template,
+        aliases=model.aliases,
+        description=loaded.description,
+    )
 
 
 def _serve_parser() -> argparse.ArgumentParser:
@@ -192,10 +246,42 @@ def _serve_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "model",
-        nargs="?",
+        nargs="*",
+        metavar="MODEL[=NAME]",
+        help="a .gguf file or a Hugging Face folder; without it the embedded Python model. The "
+        "first one is loaded at once and is the default, further ones as requests name them",
+    )
+    parser.add_argument(
+        "--models-dir",
         type=Path,
-        metavar="MODEL",
-        help="a .gguf file or a Hugging Face folder; without it the embedded Python model",
+        metavar="DIR",
+        help="serve each .gguf file and Hugging Face folder in DIR as well",
+    )
+    parser.add_argument(
+        "--max-loaded",
+        type=int,
+        default=3,
+        metavar="N",
+        help="models in memory at once; the least recently used makes room (%(default)s)",
+    )
+    parser.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="memory for weights and caches of all loaded models, such as 4G (no limit)",
+    )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[=SCALE]",
+        help="LoRA adapter for the first model: a GGUF file or a PEFT folder; may be given several "
+        "times",
+    )
+    parser.add_argument(
+        "--idle-unload",
+        type=float,
+        metavar="SECONDS",
+        help="unload a model that nobody has used for so long; the next request loads it (never)",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument(
@@ -231,17 +317,19 @@ def _serve_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--backend",
-        choices=("auto", "cpu", "llamacpp"),
+        choices=("auto", "cpu", "cuda", "llamacpp"),
         default="auto",
         help="who computes: cpu is albor's own kernels (Q4_0 and Q8_0 of Llama, Qwen2 and Qwen3), "
-        "llamacpp runs everything else (auto: the first where it can)",
+        "cuda its GPU kernels (Q4_0, needs albor[gpu]), llamacpp runs everything else "
+        "(auto: cpu where it is fast, else llamacpp)",
     )
     parser.add_argument(
         "--alias",
         action="append",
         default=[],
-        metavar="NAME",
-        help="name that clients use for the model; may be given several times",
+        metavar="NAME[=MODEL]",
+        help="further name for the model of that name, or for the first; may be given several "
+        "times",
     )
     parser.add_argument(
         "--api-key",
@@ -315,9 +403,12 @@ def _warm_up(loaded: LoadedModel) -> float:
     return end.timings.prefill_ms
 
 
-def _greeting(loaded: LoadedModel, address: str, start_s: float, first_token_ms: float) -> str:
+def _greeting(
+    loaded: ServedModel, address: str, num_more: int, start_s: float, first_token_ms: float
+) -> str:
     info = loaded.engine.backend.info
     fim = f"fill-in-the-middle: {loaded.template.family}" if loaded.template else "no FIM"
+    more = f"{num_more} more models on demand: GET /v1/models\n" if num_more else ""
     example = json.dumps({"prompt": "def fib(n):\n", "max_tokens": 32, "temperature": 0})
     curl, base = "curl", address
     if address.startswith("unix:"):
@@ -325,6 +416,7 @@ def _greeting(loaded: LoadedModel, address: str, start_s: float, first_token_ms:
     return (
         f"albor {__version__}: {loaded.name} ({loaded.description}, {fim}) on {info.device}, "
         f"{info.num_slots} slots of {loaded.engine.max_seq_len} tokens\n"
+        f"{more}"
         f"listening on {address} after {start_s:.2f} s; first token in {first_token_ms:.0f} ms\n"
         f"try: {curl} {base}/v1/completions -d '{example}'"
     )

@@ -52,6 +52,10 @@ class RopeConfig:
             )
 
 
+_MAX_SIZE = (1 << 31) - 1
+"""Of any size or count of a model: kernels and GGUF keep them in 32 bits."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """Shape of one decoder-only transformer of the Llama family.
@@ -93,7 +97,11 @@ class ModelConfig:
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise ConfigError(f"model {name} is {value!r}: it must be a positive whole number")
+                raise ConfigError(
+                    f"model {name} is {value!r:.40}: it must be a positive whole number"
+                )
+            if value > _MAX_SIZE:
+                raise ConfigError(f"model {name} is {value!r:.40}: at most {_MAX_SIZE} may be")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"{self.num_heads} query heads cannot share {self.num_kv_heads} key-value heads: "

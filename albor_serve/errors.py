@@ -13,6 +13,7 @@
     │   ├── QueueTimeoutError        it waited longer than allowed (HTTP 503)
     │   └── EngineClosedError        the engine is shutting down (HTTP 503)
     └── BackendError             the device or the native library failed (HTTP 500)
+        └── ModelLoadError           a model could not be loaded on demand (HTTP 503)
 
 A message gives the value, the rule and the remedy, and fits on one line: the command line
 prints it as it is and the server sends it to clients. It never repeats prompt text.
@@ -28,6 +29,7 @@ __all__ = [
     "ConfigError",
     "EngineClosedError",
     "EngineError",
+    "ModelLoadError",
     "PromptTooLongError",
     "QueueFullError",
     "QueueTimeoutError",
@@ -113,3 +115,7 @@ class EngineClosedError(EngineError):
 
 class BackendError(AlborError):
     """The device or the native library failed."""
+
+
+class ModelLoadError(BackendError):
+    """A model could not be loaded on demand. Other models are not affected."""

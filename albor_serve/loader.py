@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -16,9 +17,16 @@ from albor_serve.backends.llamacpp import LlamaCppBackend, LlamaCppVocabulary
 from albor_serve.backends.llamacpp_tokenizer import LlamaCppTokenizer, choose_tokenizer
 from albor_serve.checkpoint import GgufCheckpoint
 from albor_serve.checkpoint.gguf_header import GgufHeader, open_gguf_header
-from albor_serve.config import EngineConfig
+from albor_serve.checkpoint.lora import LoraAdapter, adapter_gguf
+from albor_serve.checkpoint.preflight import check_for_native
+from albor_serve.config import EngineConfig, ModelConfig
 from albor_serve.engine import Engine
-from albor_serve.errors import CheckpointError, CheckpointFormatError, ConfigError
+from albor_serve.errors import (
+    CheckpointError,
+    CheckpointFormatError,
+    ConfigError,
+    UnsupportedModelError,
+)
 from albor_serve.fim import FimTemplate, detect_template
 from albor_serve.kernels.cpu_decode import best_instruction_set
 from albor_serve.tokenizer import Tokenizer
@@ -29,7 +37,9 @@ __all__ = [
     "LoadOptions",
     "LoadedModel",
     "OpenBackend",
+    "embedded_name",
     "load_model",
+    "needed_bytes",
     "open_backend",
 ]
 
@@ -42,8 +52,9 @@ Progress = Callable[[str, float], None]
 """Called with what is being done and how much of it is, 0.0 to 1.0."""
 
 
-BackendChoice = Literal["auto", "cpu", "llamacpp"]
-"""Who computes: albor's own CPU kernels, llama.cpp, or the first where it can."""
+BackendChoice = Literal["auto", "cpu", "cuda", "llamacpp"]
+"""Who computes: albor's own CPU kernels, its GPU kernels, llama.cpp. auto is cpu where that is
+fast, else llamacpp; the GPU is for who asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +68,8 @@ class LoadOptions:
     """None takes the machine's physical cores and follows its load."""
     speculate: bool = True
     backend: BackendChoice = "auto"
+    adapters: tuple[LoraAdapter, ...] = ()
+    """LoRA adapters; models with some run on llama.cpp, which computes them beside the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +91,22 @@ def open_backend(
     choice: BackendChoice = "auto",
     num_threads: int | None = None,
     progress: Callable[[float], None] | None = None,
+    adapters: Sequence[LoraAdapter] = (),
 ) -> OpenBackend:
     """Load a GGUF file into the backend that runs it fastest here.
 
     Raises:
-        ConfigError: `choice` is "cpu" and albor's kernels can't run this model here.
-        What LlamaCppBackend.load and CpuBackend raise.
+        ConfigError: `choice` is "cpu" or "cuda" and albor's kernels can't run this model here, or
+            not with adapters.
+        What LlamaCppBackend.load, CpuBackend, CudaBackend and adapter_gguf raise.
     """
     path = checkpoint.path
+    if adapters:
+        if choice in ("cpu", "cuda"):
+            raise ConfigError(f"albor's own kernels take no --lora: leave out --backend {choice}")
+        choice = "llamacpp"
+    if choice == "cuda":
+        return _open_cuda(checkpoint, num_slots, max_seq_len, progress)
     # The kernels for AVX2 and AVX-VNNI do not beat llama.cpp yet: they are for who asks.
     if choice == "cpu" or (choice == "auto" and best_instruction_set() == "avx512"):
         reason = unsupported(checkpoint)
@@ -95,13 +116,66 @@ def open_backend(
             raise ConfigError(
                 f"albor's CPU kernels can't run {path.name}: {reason}; leave out --backend cpu"
             )
-    native = LlamaCppBackend.load(
-        path, num_slots, max_seq_len, num_threads=num_threads, progress=progress
-    )
+    with contextlib.ExitStack() as files:
+        config = _config_for(adapters, checkpoint)
+        native = LlamaCppBackend.load(
+            path,
+            num_slots,
+            max_seq_len,
+            num_threads=num_threads,
+            progress=progress,
+            adapters=[
+                (files.enter_context(adapter_gguf(adapter.path, config)), adapter.scale)
+                for adapter in adapters
+            ],
+        )
     info = native.model_info
     # llama.cpp prints "?B" for sizes that it has no name for.
     kind = f"{info.description.replace('?B ', '')}, {info.num_parameters / 1e6:.0f}M parameters"
     return OpenBackend(native, native.tokenizer, kind)
+
+
+def _open_cuda(
+    checkpoint: GgufCheckpoint,
+    num_slots: int,
+    max_seq_len: int,
+    progress: Callable[[float], None] | None,
+) -> OpenBackend:
+    """The GPU kernels, with the vocabulary as llama.cpp reads it."""
+    try:
+        # torch takes seconds to import, so only here.
+        from albor_serve.backends import cuda
+    except ImportError as error:
+        raise ConfigError(
+            "--backend cuda needs torch and Triton: pip install 'albor[gpu]'"
+        ) from error
+    reason = cuda.unsupported(checkpoint)
+    if reason is not None:
+        raise ConfigError(
+            f"the GPU kernels can't run {checkpoint.path.name} here: {reason}; leave out "
+            "--backend cuda"
+        )
+    vocabulary = LlamaCppVocabulary(checkpoint.path)
+    try:
+        backend = cuda.CudaBackend.from_gguf(
+            checkpoint, num_slots, max_seq_len, progress, on_close=vocabulary.close
+        )
+    except BaseException:
+        vocabulary.close()
+        raise
+    config = checkpoint.config
+    kind = f"{config.architecture} Q4_0, {config.num_parameters / 1e6:.0f}M parameters"
+    return OpenBackend(backend, vocabulary.tokenizer, kind)
+
+
+def _config_for(adapters: Sequence[LoraAdapter], checkpoint: GgufCheckpoint) -> ModelConfig | None:
+    """The model's config where an adapter's conversion needs it and albor knows it."""
+    if not any(adapter.path.is_dir() for adapter in adapters):
+        return None
+    try:
+        return checkpoint.config
+    except UnsupportedModelError:
+        return None
 
 
 def _open_own(
@@ -151,17 +225,8 @@ def load_model(
     report = progress or (lambda _text, _part: None)
     path, folder = _resolve(source, report)
     header = open_gguf_header(path)
-    train_seq_len = _metadata_int(header, "context_length", MAX_DEFAULT_SEQ_LEN)
-    max_seq_len = options.max_seq_len
-    if max_seq_len is None:
-        max_seq_len = min(train_seq_len, MAX_DEFAULT_SEQ_LEN)
-    if max_seq_len > train_seq_len:
-        raise ConfigError(
-            f"--ctx is {max_seq_len}, but this model was made for {train_seq_len} tokens: lower it"
-        )
-    config = EngineConfig(
-        num_slots=options.num_slots, max_seq_len=max_seq_len, speculate=options.speculate
-    )
+    check_for_native(header)
+    config = _engine_config(header, options)
     _check_memory(header, config)
     opened = open_backend(
         GgufCheckpoint(header),
@@ -170,6 +235,7 @@ def load_model(
         choice=options.backend,
         num_threads=options.num_threads,
         progress=lambda part: report("loading", part),
+        adapters=options.adapters,
     )
     try:
         tokenizer: Tokenizer = opened.tokenizer
@@ -191,7 +257,26 @@ def load_model(
     if source is None:
         name = full_name or name
     description = opened.kind
+    if options.adapters:
+        num = len(options.adapters)
+        description += f", {num} LoRA adapter{'s' if num > 1 else ''}"
     return LoadedModel(name, description, engine, template, time.perf_counter() - started)
+
+
+def needed_bytes(source: Path | None, options: LoadOptions) -> int:
+    """Memory that loading a model will take: weights and KV cache. Raises what `load_model` does.
+
+    A folder is converted for it, if it has not been yet.
+    """
+    path, _ = _resolve(source, lambda _text, _part: None)
+    header = open_gguf_header(path)
+    return header.num_bytes + _kv_bytes(header, _engine_config(header, options))
+
+
+def embedded_name() -> str:
+    """Name of the model that ships with albor. Raises CheckpointError."""
+    path = embedded_path()
+    return _metadata_text(open_gguf_header(path), "general.name") or path.stem
 
 
 def embedded_path() -> Path:
@@ -227,15 +312,33 @@ def _resolve(source: Path | None, report: Progress) -> tuple[Path, Path | None]:
     return source, None
 
 
-def _check_memory(header: GgufHeader, config: EngineConfig) -> None:
-    """Refuse what would drive the machine into swap or the kernel into killing processes."""
+def _engine_config(header: GgufHeader, options: LoadOptions) -> EngineConfig:
+    train_seq_len = _metadata_int(header, "context_length", MAX_DEFAULT_SEQ_LEN)
+    max_seq_len = options.max_seq_len
+    if max_seq_len is None:
+        max_seq_len = min(train_seq_len, MAX_DEFAULT_SEQ_LEN)
+    if max_seq_len > train_seq_len:
+        raise ConfigError(
+            f"--ctx is {max_seq_len}, but this model was made for {train_seq_len} tokens: lower it"
+        )
+    return EngineConfig(
+        num_slots=options.num_slots, max_seq_len=max_seq_len, speculate=options.speculate
+    )
+
+
+def _kv_bytes(header: GgufHeader, config: EngineConfig) -> int:
     layers = _metadata_int(header, "block_count", 0)
     heads = _metadata_int(header, "attention.head_count", 1)
     kv_heads = _metadata_int(header, "attention.head_count_kv", heads)
     width = _metadata_int(header, "embedding_length", 0) // max(heads, 1)
     head_dim = _metadata_int(header, "attention.key_length", width)
     num_tokens = config.num_slots * config.max_seq_len
-    kv_bytes = 2 * 2 * layers * kv_heads * head_dim * num_tokens
+    return 2 * 2 * layers * kv_heads * head_dim * num_tokens
+
+
+def _check_memory(header: GgufHeader, config: EngineConfig) -> None:
+    """Refuse what would drive the machine into swap or the kernel into killing processes."""
+    kv_bytes = _kv_bytes(header, config)
     needed = header.num_bytes + kv_bytes
     available = _available_bytes()
     if available is not None and needed > available:

@@ -313,8 +313,11 @@ def _build(text: str) -> Any:
 
     try:
         tokenizer = RustTokenizer.from_str(text)
-    except Exception as error:  # the Rust side raises no narrower class
-        reason = " ".join(str(error).split())
+    except BaseException as error:
+        # The Rust side raises no narrower class, and panics as a BaseException of its own.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:200]
         raise CheckpointFormatError(
             f"tokenizer.json cannot be read ({reason}): take it from the model's source again"
         ) from error

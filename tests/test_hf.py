@@ -276,3 +276,9 @@ def test_broken_config_json(text: bytes, tmp_path: Path) -> None:
     with pytest.raises(CheckpointFormatError, match="JSON") as caught:
         open_checkpoint(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_context_beyond_32_bits() -> None:
+    yarn = {"type": "yarn", "factor": 1 << 31, "original_max_position_embeddings": 2048}
+    with pytest.raises(CheckpointFormatError, match="at most"):
+        model_config_from_hf({**_LLAMA, "rope_scaling": yarn})

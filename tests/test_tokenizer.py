@@ -267,3 +267,11 @@ def test_threads_get_their_own_answers(tokenizer: JsonTokenizer) -> None:
     for number, ids in answers.items():
         assert ids == [parsed if number % 2 == 0 else plain] * 20
     assert len(answers) == 6
+
+
+def test_a_file_that_makes_the_library_panic_is_refused() -> None:
+    data = json.loads(tiny_tokenizer_json())
+    data["model"]["continuing_subword_prefix"] = "a" * 5000
+    with pytest.raises(CheckpointFormatError) as caught:
+        JsonTokenizer(json.dumps(data))
+    assert len(str(caught.value)) < 600

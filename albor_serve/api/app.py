@@ -7,6 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -44,10 +45,17 @@ from albor_serve.api.openai import (
     models_body,
 )
 from albor_serve.api.playground import add_playground, page, wants_page
+from albor_serve.api.registry import (
+    LEASES_KEY,
+    Leases,
+    ModelRegistry,
+    ModelView,
+    single_model,
+)
 from albor_serve.api.request_log import RequestLog
 from albor_serve.api.schemas import CompletionBody, parse_completion, parse_json
 from albor_serve.config import SamplingParams
-from albor_serve.errors import AlborError, BackendError, RequestError, UnknownModelError
+from albor_serve.errors import AlborError, BackendError, RequestError
 from albor_serve.sequence import GenerateRequest
 
 __all__ = ["AppSettings", "create_app"]
@@ -80,9 +88,13 @@ class AppSettings:
     """Whether the log of requests holds their bodies."""
 
 
-def create_app(served: ServedModel, settings: AppSettings | None = None) -> FastAPI:
-    """The ASGI application for one served model; the caller starts and closes its engine."""
-    return _App(served, settings or AppSettings()).make()
+def create_app(models: ServedModel | ModelRegistry, settings: AppSettings | None = None) -> FastAPI:
+    """The ASGI application for one loaded model or a registry of several.
+
+    The caller closes the registry, or starts and closes the engine of the one model.
+    """
+    registry = single_model(models) if isinstance(models, ServedModel) else models
+    return _App(registry, settings or AppSettings()).make()
 
 
 class Health(BaseModel):
@@ -90,11 +102,14 @@ class Health(BaseModel):
 
     status: Literal["ok"]
     model: str
+    """The default model."""
+    loaded: list[str]
+    """Models in memory; the others are loaded on demand."""
 
 
 class _App:
-    def __init__(self, served: ServedModel, settings: AppSettings) -> None:
-        self._served = served
+    def __init__(self, models: ModelRegistry, settings: AppSettings) -> None:
+        self._models = models
         self._settings = settings
         self._last_ok_s = float("-inf")
         self._proof: asyncio.Task[None] | None = None
@@ -163,6 +178,7 @@ class _App:
         add_document(app)
         add_playground(app)
         # The last one added is the outermost: ids and the log see every answer.
+        app.add_middleware(Leases)
         app.add_middleware(KeyCheck, keys=self._settings.api_keys)
         app.add_middleware(
             SiteCheck,
@@ -197,11 +213,13 @@ class _App:
             ) from None
         return parse_json(data), len(data)
 
-    async def find_model(self, name: str | None) -> ServedModel:
-        """The model that answers to a name; see `Host`."""
-        if not self._served.answers_to(name):
-            raise _unknown_model(self._served)
-        return self._served
+    async def find_model(self, request: Request, name: str | None) -> ServedModel:
+        """The model that answers to a name, loaded; see `Host`."""
+        return await self._models.acquire(name, request.scope[LEASES_KEY])
+
+    def view_model(self, name: str | None) -> ModelView:
+        """The model that answers to a name, as it is now; see `Host`."""
+        return self._models.view(name)
 
     async def answer(
         self,
@@ -227,62 +245,73 @@ class _App:
 
     async def models(self) -> Response:
         """The models that this server answers for."""
-        return json_response(models_body([self._served]))
+        return json_response(models_body(self._models.views()))
 
     async def model(self, name: str) -> Response:
         """One model."""
-        if name not in (self._served.name, *self._served.aliases):
-            raise _unknown_model(self._served)
-        return json_response(model_body(self._served, name))
+        view = self._models.view(name)
+        return json_response(model_body(view, name if name != "default" else view.name))
 
     async def metrics(self) -> Response:
         """Counters and histograms for Prometheus."""
-        models = {self._served.name: self._served.engine.stats()}
-        return Response(metrics_text(models, self._num_answers), media_type=METRICS_MEDIA_TYPE)
+        views = self._models.views()
+        stats = {view.name: view.stats for view in views if view.stats is not None}
+        loads = {view.name: (view.served is not None, view.num_loads) for view in views}
+        return Response(
+            metrics_text(stats, self._num_answers, loads), media_type=METRICS_MEDIA_TYPE
+        )
 
     async def health(self) -> Response:
-        """200 only if a completion has worked, or got on, just now."""
-        engine = self._served.engine
-        failure = engine.stats().failure
-        if failure is not None:
-            return error_response(BackendError(failure), 503)
-        if time.monotonic() - self._last_ok_s > self._settings.health_s:
+        """200 only if a completion has worked, or got on, just now.
+
+        A model that sleeps is not woken for it.
+        """
+        views = self._models.views()
+        for view in views:
+            if view.served is not None and view.stats is not None and view.stats.failure:
+                return error_response(BackendError(view.stats.failure), 503)
+        loaded = [view.name for view in views if view.state == "loaded"]
+        if not loaded and views[0].failure is not None:
+            return error_response(BackendError(views[0].failure), 503)
+        if loaded and time.monotonic() - self._last_ok_s > self._settings.health_s:
             # One proof for all who ask meanwhile, so that they can't fill a stuck engine's queue.
             if self._proof is None or self._proof.done():
-                self._proof = asyncio.create_task(self._prove())
+                self._proof = asyncio.create_task(self._prove(loaded[0]))
             try:
                 await asyncio.shield(self._proof)
             except AlborError as error:
                 return error_response(error, 503)
-        return json_response({"status": "ok", "model": self._served.name})
+        return json_response({"status": "ok", "model": self._models.default_name, "loaded": loaded})
 
     async def home(self, request: Request) -> Response:
         """The playground for a browser; what this is, in two lines, for everyone else."""
         if wants_page(request):
             return page()
         return PlainTextResponse(
-            f"albor {__version__} serves {self._served.name}\n{'   '.join(_urls(request.app))}\n"
+            f"albor {__version__} serves {self._models.default_name}\n"
+            f"{'   '.join(_urls(request.app))}\n"
         )
 
-    async def _prove(self) -> None:
+    async def _prove(self, name: str) -> None:
         """Complete one token, or see others' prompts and answers get on, or raise."""
-        engine = self._served.engine
-        num_steps = engine.stats().num_steps
-        tokens = engine.tokenizer.encode("\n") or [0]
-        jobs = [_probe(tokens)]
-        completion = Completion(engine, jobs)
-        try:
-            async with asyncio.timeout(self._settings.health_timeout_s):
-                await completion.wait()
-        except TimeoutError:
-            if engine.stats().num_steps > num_steps:
-                self._worked()
-                return
-            raise BackendError(
-                f"no completion within {self._settings.health_timeout_s:g} s: the server is "
-                f"overloaded or stuck"
-            ) from None
-        self._worked()
+        with ExitStack() as leases:
+            engine = (await self._models.acquire(name, leases, is_use=False)).engine
+            num_steps = engine.stats().num_steps
+            tokens = engine.tokenizer.encode("\n") or [0]
+            jobs = [_probe(tokens)]
+            completion = Completion(engine, jobs)
+            try:
+                async with asyncio.timeout(self._settings.health_timeout_s):
+                    await completion.wait()
+            except TimeoutError:
+                if engine.stats().num_steps > num_steps:
+                    self._worked()
+                    return
+                raise BackendError(
+                    f"no completion within {self._settings.health_timeout_s:g} s: the server is "
+                    f"overloaded or stuck"
+                ) from None
+            self._worked()
 
     def _worked(self) -> None:
         self._last_ok_s = time.monotonic()
@@ -393,13 +422,6 @@ def _urls(app: FastAPI) -> list[str]:
     paths = app.openapi()["paths"]
     urls = [f"{method.upper()} {path}" for path, methods in paths.items() for method in methods]
     return [*urls, f"GET {app.openapi_url}"]
-
-
-def _unknown_model(served: ServedModel) -> UnknownModelError:
-    return UnknownModelError(
-        f"no such model here: this server has {served.name} (GET /v1/models lists all names)",
-        param="model",
-    )
 
 
 async def _on_albor_error(_request: Request, error: Exception) -> Response:

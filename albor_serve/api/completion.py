@@ -57,10 +57,6 @@ class ServedModel:
     """Whether naming the edited file's path helps the model; measure with albor-bench infill."""
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def answers_to(self, name: str | None) -> bool:
-        """Whether a request for `name` is for this model."""
-        return name in (None, "", "default", self.name, *self.aliases)
-
 
 @dataclass(frozen=True, slots=True)
 class Job:

@@ -7,6 +7,7 @@ goes away and reporting errors are the host's.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
@@ -15,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from albor_serve.api.completion import Completion, CompletionSpec, ServedModel, Update
+from albor_serve.api.registry import ModelView
 from albor_serve.errors import AlborError
 
 __all__ = [
@@ -65,8 +67,15 @@ class Host(Protocol):
             RequestError: it is not JSON, or larger than allowed.
         """
 
-    async def find_model(self, name: str | None) -> ServedModel:
-        """The model that answers to a name.
+    async def find_model(self, request: Request, name: str | None) -> ServedModel:
+        """The model that answers to a name, loaded; it stays until `request` is answered.
+
+        Raises:
+            UnknownModelError: there is none. AlborError: it could not be loaded.
+        """
+
+    def view_model(self, name: str | None) -> ModelView:
+        """The model that answers to a name, as it is now: nothing is loaded.
 
         Raises:
             UnknownModelError: there is none.
@@ -118,11 +127,13 @@ async def complete(
     """
     value, num_bytes = await host.read_json(request)
     body = parse(value)
-    served = await host.find_model(body.model)
+    served = await host.find_model(request, body.model)
+    is_large = num_bytes > LARGE_BODY_BYTES  # a plan may tokenize
+    spec = await asyncio.to_thread(plan, served, body) if is_large else plan(served, body)
     return await host.answer(
         request,
         served,
-        plan(served, body),
+        spec,
         lambda completion: write(served, body, completion),
         stream=bool(body.stream),
         num_bytes=num_bytes,

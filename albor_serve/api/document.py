@@ -20,6 +20,14 @@ __all__ = ["Usage", "add_document", "route"]
 
 REF = "#/components/schemas/{model}"
 
+_EVENT = {
+    "description": "One event: data is a part of the answer as JSON, an error, or [DONE].",
+    "type": "object",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}
+"""A stream's schema tells of each of its events, as OpenAPI 3.2's itemSchema does."""
+
 
 class PromptTokensDetails(BaseModel):
     """More about the prompt's tokens."""
@@ -99,7 +107,7 @@ def route(
     ok: dict[str, Any] = {"schema": {"type": "string"} if answer is None else _ref(answer)}
     content = {media_type: ok}
     if streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _EVENT}
     if not statuses:
         statuses = tuple(_STATUSES) if body is not None else (401, 403, 500, 503)
     error = {"application/json": {"schema": _ref(ErrorBody)}}

@@ -11,6 +11,7 @@ from albor_serve.errors import (
     AlborError,
     BackendError,
     EngineClosedError,
+    ModelLoadError,
     PromptTooLongError,
     QueueFullError,
     QueueTimeoutError,
@@ -62,6 +63,8 @@ def status_of(error: AlborError) -> int:
             return 409
         case QueueFullError() | QueueTimeoutError() | EngineClosedError() | LoadingError():
             return 503
+        case ModelLoadError():
+            return 503
         case _:
             return 500
 
@@ -87,6 +90,8 @@ def error_body(error: AlborError) -> dict[str, Any]:
                 code = "shutting_down"
             case LoadingError():
                 code = "loading"
+            case ModelLoadError():
+                code = "model_load_failed"
             case BackendError():
                 code = "backend_error"
     kind = "invalid_request_error" if status < 500 else "server_error"

@@ -22,6 +22,7 @@ from albor_serve.api.schemas import (
     MAX_TOKENS,
     AlborOptions,
     Body,
+    ModelName,
     Stop,
     check_stops,
 )
@@ -61,7 +62,7 @@ _BIAS_SCHEMA = {
 class LlamaCppBody(Body):
     """Fields of llama.cpp's completion requests. Unknown fields are ignored."""
 
-    model: str | None = None
+    model: ModelName | None = None
     n_predict: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
     """Most tokens to generate; 0 only computes the prompt into the cache, -1 sets no limit."""
     max_tokens: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None

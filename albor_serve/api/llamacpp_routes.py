@@ -6,7 +6,7 @@ import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel, RootModel, WithJsonSchema
+from pydantic import BaseModel, Field, RootModel, WithJsonSchema
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -19,6 +19,7 @@ from albor_serve.api.schemas import (
     MAX_PROMPTS,
     AlborOptions,
     Body,
+    ModelName,
     Prompt,
     is_token_id,
     parse_body,
@@ -27,6 +28,9 @@ from albor_serve.errors import QueueFullError, RequestError
 from albor_serve.tokenizer import Tokenizer
 
 __all__ = ["llamacpp_router"]
+
+MAX_DETOKENIZED = 1 << 17
+"""Token ids in one request to /detokenize."""
 
 _PIECES = {"type": "array", "items": {"anyOf": [{"type": "integer"}, {"type": "string"}]}}
 _PROMPT_SCHEMA = {
@@ -56,7 +60,7 @@ class TokenizeBody(Body):
     """Whether spellings such as <|fim_prefix|> become control tokens."""
     with_pieces: bool = False
     """Return each token's text too."""
-    model: str | None = None
+    model: ModelName | None = None
 
 
 class TokenPiece(BaseModel):
@@ -75,8 +79,8 @@ class TokenizeAnswer(BaseModel):
 class DetokenizeBody(Body):
     """Request body of /detokenize."""
 
-    tokens: list[int]
-    model: str | None = None
+    tokens: Annotated[list[int], Field(max_length=MAX_DETOKENIZED)]
+    model: ModelName | None = None
 
 
 class DetokenizeAnswer(BaseModel):
@@ -182,24 +186,24 @@ def llamacpp_router(host: Host) -> APIRouter:
     async def tokenize(request: Request) -> Response:
         value, num_bytes = await host.read_json(request)
         body = parse_body(TokenizeBody, value)
-        tokenizer = (await host.find_model(body.model)).engine.tokenizer
+        tokenizer = (await host.find_model(request, body.model)).engine.tokenizer
 
-        def encode() -> list[int]:
-            return tokenizer.encode(body.content, parse_special=body.parse_special)
+        def answer() -> Response:
+            ids = tokenizer.encode(body.content, parse_special=body.parse_special)
+            if body.add_special and tokenizer.adds_bos and tokenizer.bos_token_id is not None:
+                ids = [tokenizer.bos_token_id, *ids]
+            if not body.with_pieces:
+                return json_response({"tokens": ids})
+            pieces = [{"id": i, "piece": _piece(tokenizer.token_bytes(i))} for i in ids]
+            return json_response({"tokens": pieces})
 
         is_large = num_bytes > LARGE_BODY_BYTES
-        ids = await asyncio.to_thread(encode) if is_large else encode()
-        if body.add_special and tokenizer.adds_bos and tokenizer.bos_token_id is not None:
-            ids = [tokenizer.bos_token_id, *ids]
-        if not body.with_pieces:
-            return json_response({"tokens": ids})
-        pieces = [{"id": i, "piece": _piece(tokenizer.token_bytes(i))} for i in ids]
-        return json_response({"tokens": pieces})
+        return await asyncio.to_thread(answer) if is_large else answer()
 
     async def detokenize(request: Request) -> Response:
         value, _ = await host.read_json(request)
         body = parse_body(DetokenizeBody, value)
-        tokenizer = (await host.find_model(body.model)).engine.tokenizer
+        tokenizer = (await host.find_model(request, body.model)).engine.tokenizer
         if not all(0 <= token_id < tokenizer.vocab_size for token_id in body.tokens):
             raise RequestError(
                 f"a token id is outside this model's vocabulary: use 0 to "
@@ -208,49 +212,51 @@ def llamacpp_router(host: Host) -> APIRouter:
             )
         return json_response({"content": tokenizer.decode(body.tokens).decode("utf-8", "replace")})
 
-    async def props() -> Response:
-        served = await host.find_model(None)
-        engine = served.engine
-        defaults = PlainBody(prompt="").sampling(engine.tokenizer)
-        settings = {
-            "n_ctx": engine.max_seq_len,
-            "params": {
+    async def props(request: Request) -> Response:
+        view = host.view_model(request.query_params.get("model"))
+        served = view.served
+        settings: dict[str, Any] = {}
+        if view.facts is not None:
+            settings["n_ctx"] = view.facts.max_seq_len
+        if served is not None:
+            defaults = PlainBody(prompt="").sampling(served.engine.tokenizer)
+            settings["params"] = {
                 "temperature": defaults.temperature,
                 "top_k": defaults.top_k,
                 "top_p": defaults.top_p,
                 "min_p": defaults.min_p,
                 "n_predict": -1,
-            },
-        }
+            }
         return json_response(
             {
                 "default_generation_settings": settings,
-                "total_slots": len(engine.stats().slots),
-                "model_alias": served.name,
+                "total_slots": len(view.stats.slots) if view.stats else 0,
+                "model_alias": view.name,
                 # Where the file lies is nobody's business.
-                "model_path": served.name,
+                "model_path": view.name,
                 "chat_template": "",
                 "modalities": {"vision": False, "audio": False},
                 "build_info": f"albor {__version__}",
-                "is_sleeping": False,
+                "is_sleeping": served is None,
             }
         )
 
     async def slots(request: Request) -> Response:
-        engine = (await host.find_model(None)).engine
-        views = engine.stats().slots
+        view = host.view_model(request.query_params.get("model"))
+        views = view.stats.slots if view.stats else ()
         wants_free = request.query_params.get("fail_on_no_slot", "") not in ("", "0")
-        if wants_free and all(view.is_busy for view in views):
+        if wants_free and views and all(slot.is_busy for slot in views):
             raise QueueFullError("every slot is busy: try again later")
+        max_seq_len = view.facts.max_seq_len if view.facts else 0
         states = [
             {
-                "id": view.index,
-                "n_ctx": engine.max_seq_len,
+                "id": slot.index,
+                "n_ctx": max_seq_len,
                 "speculative": False,
-                "is_processing": view.is_busy,
-                "n_prompt_tokens_cache": view.num_cached_tokens,
+                "is_processing": slot.is_busy,
+                "n_prompt_tokens_cache": slot.num_cached_tokens,
             }
-            for view in views
+            for slot in views
         ]
         return json_response(states)
 

@@ -22,8 +22,16 @@ _HISTOGRAMS = (
 )
 
 
-def metrics_text(models: Mapping[str, EngineStats], num_answers: Mapping[int, int]) -> str:
-    """The page: each model's engine under its name, and HTTP answers by status."""
+def metrics_text(
+    models: Mapping[str, EngineStats],
+    num_answers: Mapping[int, int],
+    loads: Mapping[str, tuple[bool, int]],
+) -> str:
+    """The page: each model's engine under its name, and HTTP answers by status.
+
+    `loads` tells of each model whether it is loaded and how often it has been. A model's counters
+    start at 0 again when it is loaded anew, as Prometheus expects of counters.
+    """
     labelled = [(_label("model", name), stats) for name, stats in models.items()]
     lines = [
         *_series("http_responses_total", "counter", "Answers by HTTP status."),
@@ -56,6 +64,12 @@ def metrics_text(models: Mapping[str, EngineStats], num_answers: Mapping[int, in
     ):
         lines += _series(name, kind, text)
         lines += [f"albor_{name}{{{label}}} {_value(stats, name)}" for label, stats in labelled]
+    lines += _series("model_loaded", "gauge", "1 while the model is in memory.")
+    for name, (is_loaded, _) in loads.items():
+        lines.append(f"albor_model_loaded{{{_label('model', name)}}} {int(is_loaded)}")
+    lines += _series("model_loads_total", "counter", "How often the model has been loaded.")
+    for name, (_, num_loads) in loads.items():
+        lines.append(f"albor_model_loads_total{{{_label('model', name)}}} {num_loads}")
     for key, name, text in _HISTOGRAMS:
         lines += _series(name, "histogram", text)
         for label, stats in labelled:

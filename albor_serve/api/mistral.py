@@ -18,7 +18,15 @@ from albor_serve.api.document import Usage, route
 from albor_serve.api.errors import error_body
 from albor_serve.api.extension import answer_extension, choice_extension
 from albor_serve.api.openai import finish_reason, usage_of
-from albor_serve.api.schemas import MAX_TOKENS, AlborOptions, Body, Stop, check_stops, parse_body
+from albor_serve.api.schemas import (
+    MAX_TOKENS,
+    AlborOptions,
+    Body,
+    ModelName,
+    Stop,
+    check_stops,
+    parse_body,
+)
 from albor_serve.config import SamplingParams
 from albor_serve.errors import AlborError
 
@@ -28,7 +36,7 @@ __all__ = ["FimBody", "MistralWriter", "fim_spec", "mistral_router"]
 class FimBody(Body):
     """Request body of /v1/fim/completions. Unknown fields are ignored."""
 
-    model: str | None = None
+    model: ModelName | None = None
     prompt: str
     """The text before the cursor."""
     suffix: str | None = None

@@ -6,6 +6,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -21,6 +22,7 @@ from albor_serve.api.completion import (
 from albor_serve.api.document import Usage
 from albor_serve.api.errors import error_body
 from albor_serve.api.extension import answer_extension, choice_extension
+from albor_serve.api.registry import ModelView
 from albor_serve.api.schemas import AlborOptions, CompletionBody
 from albor_serve.config import SamplingParams
 from albor_serve.errors import AlborError
@@ -87,6 +89,12 @@ class ModelMeta(BaseModel):
     """The family of its fill-in-the-middle prompts; None where it has none."""
 
 
+class ModelStatus(BaseModel):
+    """Whether a model is in memory; requests load it on demand."""
+
+    value: Literal["unloaded", "loading", "loaded", "unloading", "failed"]
+
+
 class ModelEntry(BaseModel):
     """One model under one of its names."""
 
@@ -94,7 +102,9 @@ class ModelEntry(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: str
-    meta: ModelMeta
+    status: ModelStatus
+    meta: ModelMeta | None
+    """None until it has been loaded once."""
 
 
 class ModelList(BaseModel):
@@ -257,7 +267,7 @@ class CompletionWriter:
         return _logprobs(self._served, update.tokens, starts)
 
 
-def models_body(models: Sequence[ServedModel]) -> dict[str, Any]:
+def models_body(models: Sequence[ModelView]) -> dict[str, Any]:
     """The list of models, aliases included."""
     return {
         "object": "list",
@@ -267,19 +277,16 @@ def models_body(models: Sequence[ServedModel]) -> dict[str, Any]:
     }
 
 
-def model_body(model: ServedModel, name: str) -> dict[str, Any]:
+def model_body(model: ModelView, name: str) -> dict[str, Any]:
     """One model under one of its names."""
+    facts = model.facts
     return {
         "id": name,
         "object": "model",
         "created": model.created,
         "owned_by": "albor",
-        "meta": {
-            "description": model.description,
-            "max_seq_len": model.engine.max_seq_len,
-            "vocab_size": model.engine.tokenizer.vocab_size,
-            "fim": model.template.family if model.template else None,
-        },
+        "status": {"value": model.state},
+        "meta": None if facts is None else asdict(facts),
     }
 
 

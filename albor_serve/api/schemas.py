@@ -15,6 +15,7 @@ __all__ = [
     "Body",
     "CompletionBody",
     "ExtraContext",
+    "ModelName",
     "Prompt",
     "Stop",
     "check_stops",
@@ -30,6 +31,7 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGIT_BIAS = 300
 MAX_TOKENS = 1 << 20
+MAX_NAME_CHARS = 512
 MAX_PATH_CHARS = 1024
 MAX_EXTRA_FILES = 64
 MAX_EXTRA_CHARS = 1 << 18
@@ -40,25 +42,36 @@ MAX_TYPED_CHARS = 1024
 Prompt = str | tuple[int, ...]
 """One prompt: text, or token ids."""
 
-_TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _PROMPT_SCHEMA = {
     "description": "Text, token ids, or a list of either (mixed too).",
     "anyOf": [
-        {"type": "string"},
+        {"type": "string", "minLength": 1},
         _TOKEN_IDS,
-        {"type": "array", "items": {"anyOf": [{"type": "string"}, _TOKEN_IDS]}},
+        {
+            "type": "array",
+            "items": {"anyOf": [{"type": "string", "minLength": 1}, _TOKEN_IDS]},
+            "minItems": 1,
+            "maxItems": MAX_PROMPTS,
+        },
     ],
 }
+_STOP_STRING = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
 _STOP_SCHEMA = {
     "anyOf": [
-        {"type": "string"},
-        {"type": "array", "items": {"type": "string"}, "maxItems": MAX_STOPS},
+        _STOP_STRING,
+        {"type": "array", "items": _STOP_STRING, "maxItems": MAX_STOPS},
         {"type": "null"},
     ]
 }
 _BIAS_SCHEMA = {
     "anyOf": [
-        {"type": "object", "additionalProperties": {"type": "number"}},
+        {
+            "type": "object",
+            "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+            "maxProperties": MAX_LOGIT_BIAS,
+        },
         {"type": "null"},
     ]
 }
@@ -67,6 +80,8 @@ _BIAS_SCHEMA = {
 BodyT = TypeVar("BodyT", bound=BaseModel)
 Stop = Annotated[Any, WithJsonSchema(_STOP_SCHEMA)]
 """A `stop` field; read it with `check_stops`."""
+ModelName = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
+"""A `model` field."""
 
 
 class Body(BaseModel):
@@ -122,7 +137,7 @@ class AlborOptions(Body):
 class CompletionBody(Body):
     """Request body of /v1/completions. Unknown fields are ignored."""
 
-    model: str | None = None
+    model: ModelName | None = None
     prompt: Annotated[Any, WithJsonSchema(_PROMPT_SCHEMA)] = "<|endoftext|>"
     suffix: str | None = None
     """Text after the cursor: asks for fill-in-the-middle."""
@@ -145,7 +160,7 @@ class CompletionBody(Body):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     logit_bias: Annotated[Any, WithJsonSchema(_BIAS_SCHEMA)] = None
     ignore_eos: bool | None = False
-    user: str | None = None
+    user: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = None
     albor: AlborOptions | None = None
 
     @property

@@ -123,6 +123,7 @@ class LlamaCppBackend:
         micro_batch_len: int = MICRO_BATCH_LEN,
         flash_attention: bool = False,
         unified_kv: bool = False,
+        adapters: Sequence[tuple[Path, float]] = (),
     ) -> LlamaCppBackend:
         """Load a GGUF file.
 
@@ -145,6 +146,7 @@ class LlamaCppBackend:
             unified_kv: one attention buffer for all slots instead of one for each. A slot then
                 pays for what the others hold: decoding beside three full slots takes 3 times as
                 long.
+            adapters: LoRA adapters, as checked GGUF files, and their scales.
 
         Raises:
             CheckpointError: no such file, or llama.cpp cannot read it. UnsupportedModelError: it
@@ -195,6 +197,7 @@ class LlamaCppBackend:
                     f"llama.cpp could not make a context of {num_slots} slots with {max_seq_len} "
                     f"tokens each{_reason()}: lower --slots or --ctx"
                 )
+            _add_adapters(lib, model, context, adapters)
             return cls(
                 lib,
                 model,
@@ -503,6 +506,29 @@ def _load_model(
             f"its architecture is one that this llama-cpp-python knows"
         )
     return model
+
+
+def _add_adapters(
+    lib: Any, model: Any, context: Any, adapters: Sequence[tuple[Path, float]]
+) -> None:
+    """Read the adapters, which live as long as the model, and use them in the context."""
+    if not adapters:
+        return
+    native.last_log_errors()
+    handles = []
+    for path, _ in adapters:
+        handle = lib.llama_adapter_lora_init(model, str(path).encode())
+        if not handle:
+            raise CheckpointFormatError(
+                f"llama.cpp cannot use the adapter{_reason()}: check that it was made for this "
+                f"model"
+            )
+        handles.append(handle)
+    num = len(handles)
+    scales = (ctypes.c_float * num)(*(scale for _, scale in adapters))
+    pointers = (ctypes.POINTER(ctypes.c_void_p) * num)(*handles)
+    if lib.llama_set_adapters_lora(context, pointers, num, scales):
+        raise BackendError(f"llama.cpp could not apply the adapters{_reason()}")
 
 
 def _check_model(lib: Any, model: Any, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ examples:
   albor-bench decode --http --json out.json --plot out.png
   albor-bench perplexity a.gguf b.gguf --text src/*.py
   albor-bench infill --data HumanEval-SingleLineInfilling.jsonl.gz --every 10
+  albor-bench cancel --rounds 100                     a client goes away: when is its slot free?
   albor-bench replay --scenes 12 --plot replay.png    what a person feels while typing
 
 Peers: llama-server (as its users start it), llama-server-noflash (without flash attention, which
@@ -43,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_decode(commands)
     _add_perplexity(commands)
     _add_infill(commands)
+    _add_cancel(commands)
     add_replay(commands)
+    _add_load(commands)
     options = parser.parse_args(argv)
     options.command = shlex.join(["albor-bench", *(sys.argv[1:] if argv is None else argv)])
     try:
@@ -286,6 +290,117 @@ def _infill(options: argparse.Namespace) -> int:
     for score in scores:
         table.add_row(score.cursor, "yes" if score.is_healed else "no", f"{score.percent:.1f} %")
     Console(width=None if sys.stdout.isatty() else 120).print(table)
+    return 0
+
+
+def _add_cancel(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("cancel", help="time from a disconnect to the free slot")
+    parser.add_argument("model", nargs="?", type=Path, metavar="MODEL", help="(the embedded one)")
+    parser.add_argument("--rounds", type=int, default=50, help="of each phase (%(default)s)")
+    parser.add_argument("--prompt-len", type=int, default=1500, help="tokens (%(default)s)")
+    parser.add_argument("--threads", type=int, default=None, help="(the physical cores)")
+    parser.set_defaults(run=_cancel)
+
+
+def _cancel(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from albor_serve.backends.llamacpp_native import num_physical_cores
+    from albor_serve.bench.cancel import Phase, measure_cancels
+    from albor_serve.bench.peers import AlborServer, PeerOptions
+    from albor_serve.loader import embedded_path
+
+    if options.rounds < 1 or options.prompt_len < 16:
+        raise ConfigError("--rounds must be at least 1 and --prompt-len at least 16")
+    path = options.model or embedded_path()
+    threads = options.threads or num_physical_cores()
+    table = Table(title=f"{path.name}: from a client's disconnect to the free slot")
+    for heading in ("while", "rounds", "p50 ms", "p99 ms", "max ms", "one question ms"):
+        table.add_column(heading)
+    settings = PeerOptions(context=options.prompt_len + 512, threads=threads)
+    with contextlib.closing(AlborServer("albor", path, settings)) as server:
+        step = server.generate([*range(300, 316)], 64, fresh=True)
+        phases: tuple[Phase, ...] = ("prefill", "decode")
+        for phase in phases:
+            times = measure_cancels(
+                server.address, phase, options.rounds, prompt_len=options.prompt_len
+            )
+            table.add_row(
+                phase,
+                str(options.rounds),
+                f"{times.quantile(0.5):.1f}",
+                f"{times.quantile(0.99):.1f}",
+                f"{max(times.free_ms):.1f}",
+                f"{times.ask_ms:.1f}",
+            )
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    print(f"one decode step of this model here takes {step.decode_ms:.1f} ms")
+    return 0
+
+
+def _add_load(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("load", help="many clients at once against running servers")
+    parser.add_argument(
+        "servers", nargs="+", metavar="NAME=URL[#PID]", help="servers that speak /infill"
+    )
+    parser.add_argument("--clients", type=int, default=64, help="at once (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of a round (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="for each server (%(default)s)")
+    parser.add_argument("--new", type=int, default=24, help="tokens to generate (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures")
+    parser.set_defaults(run=_load)
+
+
+def _load(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from albor_serve.bench.machine import describe_machine
+    from albor_serve.bench.mixed_load import LoadTarget, MixSettings, run_load
+    from albor_serve.bench.report import write_text
+
+    targets = []
+    for text in options.servers:
+        name, is_named, rest = text.partition("=")
+        url, _, pid = rest.partition("#")
+        if not is_named or not url.startswith("http") or (pid and not pid.isdecimal()):
+            raise ConfigError(
+                f"{text} is not NAME=URL or NAME=URL#PID: give albor=http://HOST:PORT"
+            )
+        targets.append(LoadTarget(name, url, int(pid) if pid else None))
+    settings = MixSettings(options.clients, options.seconds, options.rounds, options.new)
+    machine = describe_machine()
+    tallies = run_load(targets, settings)
+    table = Table(title=f"{options.clients} clients, {machine.cpu}, commit {machine.commit}")
+    headings = ("server", "first token p50/p95/p99 ms", "total p50/p95/p99 ms", "done", "tokens/s")
+    for heading in (*headings, "refused", "cancelled", "lost", "busy slots", "RSS MiB"):
+        table.add_column(heading)
+    for name, tally in tallies.items():
+        rss = tally.rss_mib
+        table.add_row(
+            name,
+            " / ".join(f"{ms:.0f}" for ms in tally.percentiles(tally.first_token_ms)),
+            " / ".join(f"{ms:.0f}" for ms in tally.percentiles(tally.total_ms)),
+            str(len(tally.total_ms)),
+            f"{tally.num_tokens / tally.seconds:.0f}",
+            ", ".join(f"{n}x {status}" for status, n in sorted(tally.statuses.items())) or "0",
+            str(tally.num_cancelled),
+            str(tally.num_lost),
+            "?" if tally.num_busy_slots is None else str(tally.num_busy_slots),
+            f"{rss[0]:.0f} to {rss[-1]:.0f}" if rss else "?",
+        )
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
+    if options.json:
+        figures = {
+            "machine": machine.as_dict(),
+            "command": options.command,
+            "settings": asdict(settings),
+            "servers": {name: asdict(tally) for name, tally in tallies.items()},
+        }
+        write_text(options.json, figures)
     return 0
 
 

@@ -189,12 +189,13 @@ class _Translator:
         for token, token_id in self._ids.items():
             if not isinstance(token_id, int) or not 0 <= token_id < size:
                 raise UnsupportedModelError(
-                    f"token {token[:40]!r} has id {token_id}, but the model's embedding has "
-                    f"{size} rows"
+                    f"token {token[:40]!r} has id {str(token_id)[:40]}, but the "
+                    f"model's embedding has {size} rows"
                 )
             if tokens[token_id] is not None:
                 raise CheckpointFormatError(
-                    f"tokens {tokens[token_id]!r} and {token[:40]!r} have the same id {token_id}"
+                    f"tokens {str(tokens[token_id])[:40]!r} and {token[:40]!r} have the same id "
+                    f"{token_id}"
                 )
             if not token or not _is_encodable(token):
                 raise CheckpointFormatError(f"token {token_id} is empty or not valid Unicode")

@@ -1,12 +1,12 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,no-any-return,assignment,misc,no-redef"
-"""Device functions that every phase shares: weight tiles, activations, the matrix product.
+"""Device functions that every phase shares: weight tiles, activations, the matrix product, sums.
 
 All tensors that meet the tensor core are one-dimensional, 4 elements for each thread of the
 program: element e belongs to thread e // 4, so to warp e // 128, lane e // 4 % 32. The inline
 assembly relies on that; `aot` checks it in the compiled code.
 
-Warps share out the columns of a band of 16 rows: warp w takes the tiles w, w + W, w + 2·W, ...
-The token columns of the B operand are lane // 4, the result's are 2·(lane % 4) + {0, 1}.
+Activations are float16 in memory, read as int32 words of two. The token columns of the B operand
+are lane // 4, the result's are 2·(lane % 4) + {0, 1}.
 
 Without inline assembly (`ASM` false, for the interpreter) the same values come from plain Triton.
 """
@@ -16,14 +16,24 @@ from __future__ import annotations
 from albor_serve.kernels._triton import jit, tl
 
 __all__ = [
+    "SUM_BYTES",
+    "across_warps",
+    "add_lanes",
+    "add_weighted",
     "column_of",
-    "k_of",
+    "from_warp_0",
+    "load_partials",
     "load_tile",
+    "load_x",
     "mma_tile",
-    "read_words",
-    "row_sums",
-    "sum_by_token",
-    "tagged",
+    "result_index",
+    "settle",
+    "share",
+    "shared_base",
+    "sum_columns",
+    "sum_partials",
+    "sum_rows",
+    "undo_16",
 ]
 
 _MMA = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
@@ -32,7 +42,8 @@ _MMA = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
 def _mma_asm(*, one_token: bool) -> str:
     """PTX of one 16 x 128 tile: eight products, each group's result scaled in float32.
 
-    Operands: 4 outputs; 8 weight words; 4 scale pairs; 16 registers of x; 4 accumulators.
+    Operands: 4 outputs; 8 weight words; 4 scale pairs; 16 words of x; 4 accumulators; 4
+    times zero (`settle`).
     The low nibbles become 1024 + q in fp16, the high ones 1024 + 16 q, both exact; taking away
     1032 or 1152 leaves q - 8 and 16 (q - 8). The 16 is taken out of the sum in the end. With
     `one_token` the columns of other tokens are left alone.
@@ -45,7 +56,7 @@ def _mma_asm(*, one_token: bool) -> str:
         ".reg .f32 c0, c1, c2, c3;",
         "mov.b32 k0, 0x64086408; mov.b32 k1, 0x64806480;",
         "mov.b32 m0, 0x000f000f; mov.b32 m1, 0x00f000f0; mov.b32 mg, 0x64006400;",
-        "mov.f32 z, 0f00000000;",
+        "mov.f32 z, $36;",
         *(f"mov.f32 r{i}, ${32 + i};" for i in range(4)),
     ]
     for step in range(8):
@@ -73,73 +84,108 @@ def _mma_asm(*, one_token: bool) -> str:
     return "\n".join(lines)
 
 
-_MMA_CONSTRAINTS = ",".join(["=f"] * 4 + ["r"] * 28 + ["f"] * 4)
+SUM_BYTES = 24576
+"""Shared memory that `across_warps` has: (bands + 1) · warps · 512 bytes must fit."""
 
-_POLL = """
-{
-.reg .pred p, q;
-.reg .b32 v0, v1, v2, v3, t, u, n;
-setp.eq.s32 q, $8, 0;
-mov.b32 v0, 0; mov.b32 v1, 0; mov.b32 v2, 0; mov.b32 v3, 0; mov.b32 n, 0;
-@q bra DONE;
-AGAIN:
-ld.relaxed.gpu.global.v4.b32 {v0, v1, v2, v3}, [$4];
-xor.b32 t, v0, $16; xor.b32 u, v1, $16; or.b32 t, t, u;
-xor.b32 u, v2, $16; or.b32 t, t, u; xor.b32 u, v3, $16; or.b32 t, t, u;
-and.b32 t, t, 15;
-setp.eq.s32 q, t, 0;
-@q bra DONE;
-add.u32 n, n, 1;
-setp.gt.u32 p, n, 2000000;
-@p trap;
-bra AGAIN;
-DONE:
-and.b32 $0, v0, 0xfffffff0; and.b32 $1, v1, 0xfffffff0;
-and.b32 $2, v2, 0xfffffff0; and.b32 $3, v3, 0xfffffff0;
-}
-"""
-"""Wait for four tagged words that one thread reads at once. Operands: 4 outputs; 4 addresses; 4
-masks; 4 anchors (unused: they carry the layout); 4 tags. A wait of seconds means a lost peer: the
-trap makes it an error rather than a hang."""
+_BASE = f"{{ .shared .align 16 .b8 sums[{SUM_BYTES}]; mov.b32 $0, sums; }}"
 
-_POLL_CONSTRAINTS = ",".join(["=r"] * 4 + ["l"] * 4 + ["r"] * 12)
+_SETTLE = "{ .reg .pred p; setp.ne.u32 p, 0, 0; bar.red.popc.u32 $0, 0, p; }"
 
-_POLL_ONE = """
-{
-.reg .pred p, q;
-.reg .b32 v, t, n;
-setp.eq.s32 q, $2, 0;
-mov.b32 v, 0; mov.b32 n, 0;
-@q bra DONE;
-AGAIN:
-ld.relaxed.gpu.global.b32 v, [$1];
-xor.b32 t, v, $3;
-and.b32 t, t, 15;
-setp.eq.s32 q, t, 0;
-@q bra DONE;
-add.u32 n, n, 1;
-setp.gt.u32 p, n, 2000000;
-@p trap;
-bra AGAIN;
-DONE:
-and.b32 $0, v, 0xfffffff0;
-}
-"""
-"""The same for one word, whatever the layout."""
+_SHARE = "st.shared.v4.f32 [$8], {$4, $5, $6, $7}; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0;"
+_SHARE += " mov.b32 $3, 0;"
+
+
+def _across_asm(num_warps: int) -> str:
+    """PTX that adds up one shared float32 of each warp, 512 bytes apart."""
+    values = [f"v{w}" for w in range(num_warps)]
+    lines = ["{", f".reg .f32 {', '.join(values)};"]
+    lines += [f"ld.shared.f32 v{w}, [$1+{512 * w}];" for w in range(num_warps)]
+    while len(values) > 1:
+        for a, b in zip(values[::2], values[1::2], strict=True):
+            lines.append(f"add.f32 {a}, {a}, {b};")
+        values = values[::2]
+    return "\n".join([*lines, f"mov.f32 $0, {values[0]};", "}"])
+
+
+def _lanes_asm(operation: str, distances: list[int], *, width: int = 4, fold: bool = False) -> str:
+    """PTX that combines `width` values of each lane with those of other lanes, by butterflies.
+
+    With `fold`, values 0 and 1 are combined first, and 2 and 3.
+    """
+    names = "abcd"[:width]
+    lines = ["{", f".reg .f32 {', '.join(names)}, t;"]
+    lines += [f"mov.f32 {n}, ${width + i};" for i, n in enumerate(names)]
+    if fold:
+        lines += [f"{operation} a, a, b; {operation} c, c, d;"]
+        names = "ac"
+    for distance in distances:
+        for n in names:
+            lines += [f"shfl.sync.bfly.b32 t, {n}, {distance}, 31, -1; {operation} {n}, {n}, t;"]
+    out = "aacc" if fold else "abcd"
+    return "\n".join([*lines, *(f"mov.f32 ${i}, {out[i]};" for i in range(width)), "}"])
+
+
+def _total_asm() -> str:
+    """PTX that adds up the 128 values of a warp; every element gets the sum."""
+    lines = ["{", ".reg .f32 a, b, t;", "add.f32 a, $4, $5; add.f32 b, $6, $7; add.f32 a, a, b;"]
+    lines += [f"shfl.sync.bfly.b32 t, a, {d}, 31, -1; add.f32 a, a, t;" for d in (16, 8, 4, 2, 1)]
+    return "\n".join([*lines, *(f"mov.f32 ${i}, a;" for i in range(4)), "}"])
+
+
+_WEIGHT = (
+    "{ .reg .b32 w; cvt.rn.f16x2.f32 w, $8, $8; "
+    + " ".join(f"mul.rn.f16x2 ${i}, ${4 + i}, w;" for i in range(4))
+    + " }"
+)
+_WEIGHT_ADD = (
+    "{ .reg .b32 w; cvt.rn.f16x2.f32 w, $8, $8; "
+    + " ".join(f"fma.rn.f16x2 ${i}, ${4 + i}, w, ${12 + i};" for i in range(4))
+    + " }"
+)
 
 if hasattr(tl, "dot"):
     MMA_ONE = tl.constexpr(_mma_asm(one_token=True))
     MMA_MANY = tl.constexpr(_mma_asm(one_token=False))
-    MMA_CONSTRAINTS = tl.constexpr(_MMA_CONSTRAINTS)
-    POLL = tl.constexpr(_POLL)
-    POLL_CONSTRAINTS = tl.constexpr(_POLL_CONSTRAINTS)
-    POLL_ONE = tl.constexpr(_POLL_ONE)
+    MMA_CONSTRAINTS = tl.constexpr(",".join(["=f"] * 4 + ["r"] * 28 + ["f"] * 8))
+    SETTLE = tl.constexpr(_SETTLE)
+    BASE = tl.constexpr(_BASE)
+    SHARE = tl.constexpr(_SHARE)
+    SHARE_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,f,f,f,f,r,r,r,r")
+    ACROSS_4 = tl.constexpr(_across_asm(4))
+    ACROSS_8 = tl.constexpr(_across_asm(8))
+    ACROSS_16 = tl.constexpr(_across_asm(16))
+    TOTAL = tl.constexpr(_total_asm())
+    ROWS_MANY = tl.constexpr(_lanes_asm("add.f32", [4, 8, 16]))
+    ROWS_16 = tl.constexpr(_lanes_asm("add.f32", [8, 4, 2, 1], width=1))
+    COLUMNS_1 = tl.constexpr(_lanes_asm("add.f32", [1, 2], fold=True))
+    COLUMNS_2 = tl.constexpr(_lanes_asm("add.f32", [1, 2]))
+    COLUMNS_4 = tl.constexpr(_lanes_asm("add.f32", [2]))
+    MAX_1 = tl.constexpr(_lanes_asm("max.f32", [4, 8, 16]))
+    MAX_2 = tl.constexpr(_lanes_asm("max.f32", [8, 16]))
+    MAX_4 = tl.constexpr(_lanes_asm("max.f32", [16]))
+    ADD_1 = tl.constexpr(_lanes_asm("add.f32", [4, 8, 16]))
+    ADD_2 = tl.constexpr(_lanes_asm("add.f32", [8, 16]))
+    ADD_4 = tl.constexpr(_lanes_asm("add.f32", [16]))
+    FOUR_F = tl.constexpr("=f,=f,=f,=f,f,f,f,f")
+    WEIGHT = tl.constexpr(_WEIGHT)
+    WEIGHT_ADD = tl.constexpr(_WEIGHT_ADD)
+    WEIGHT_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,r,r,r,r,f,f,f,f")
+    WEIGHT_ADD_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,r,r,r,r,f,f,f,f,r,r,r,r")
 
 
 @jit()
-def k_of(e, STEP: tl.constexpr):
-    """First-tile column of element e of an activation tensor, for instruction STEP of eight."""
-    return (e // 4) % 4 * 8 + e % 4 + (STEP // 2) * 32 + (STEP % 2) * 4
+def settle(ASM: tl.constexpr):
+    """A float32 zero that is known only when all loads before have been issued.
+
+    The assembler puts loads off to save registers, so that one latency follows the other. It may
+    not move them behind a barrier, nor what depends on the barrier's result before it.
+    """
+    if ASM:
+        bits = tl.inline_asm_elementwise(SETTLE, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+        zero = bits.to(tl.float32, bitcast=True)
+    else:
+        zero = 0.0
+    return zero
 
 
 @jit()
@@ -149,70 +195,78 @@ def column_of(e):
 
 
 @jit()
-def load_tile(w_ptr, tile, ok, e, STREAM: tl.constexpr):
+def load_tile(w_ptr, tile, e, STREAM: tl.constexpr):
     """Words and scales of one tile for each warp.
 
     Args:
-        w_ptr: int32 tiles. tile: [4 T] tile number, equal within a warp. ok: [4 T] whether this
-        warp has a tile. STREAM: the weights do not stay in the cache, so make way for others.
+        w_ptr: int32 tiles. tile: [4 T] tile number, equal within a warp. STREAM: the weights do
+        not stay in the cache, so make way for others.
 
     Returns:
         three int32 [4 T]: words of instructions 0 to 3, of 4 to 7, scale pairs of the 4 groups.
     """
     base = w_ptr + tile * 288
     if STREAM:
-        w0 = tl.load(base + e % 128, mask=ok, other=0, eviction_policy="evict_first")
-        w1 = tl.load(base + 128 + e % 128, mask=ok, other=0, eviction_policy="evict_first")
+        w0 = tl.load(base + e % 128, eviction_policy="evict_first")
+        w1 = tl.load(base + 128 + e % 128, eviction_policy="evict_first")
     else:
-        w0 = tl.load(base + e % 128, mask=ok, other=0)
-        w1 = tl.load(base + 128 + e % 128, mask=ok, other=0)
-    s = tl.load(base + 256 + (e // 16) % 8 * 4 + e % 4, mask=ok, other=0)
+        w0 = tl.load(base + e % 128)
+        w1 = tl.load(base + 128 + e % 128)
+    s = tl.load(base + 256 + (e // 16) % 8 * 4 + e % 4)
     return w0, w1, s
 
 
 @jit()
-def read_words(ptrs, ok, anchor, tag, FLOW: tl.constexpr):
-    """Read float32 activations that another program wrote: [4 T], 4 neighbours for each thread.
+def load_x(x_ptr, kt, e, KT: tl.constexpr, M: tl.constexpr):
+    """Activations of columns 128·kt to 128·kt + 127 as the B operand: four int32 [4 T].
 
-    With FLOW, wait until each of the four words bears `tag`, and clear it; `anchor` is any loaded
-    [4 T] tensor of 32-bit words, which pins the layout.
+    x_ptr: int32 view of float16 [M, KT · 128]. Columns beyond the last token repeat it.
     """
-    if FLOW:
-        bits = tl.inline_asm_elementwise(
-            POLL,
-            POLL_CONSTRAINTS,
-            [ptrs, ok.to(tl.int32), anchor, tl.full(ptrs.shape, 0, tl.int32) + tag],
+    if M == 1:
+        row = 0
+    else:
+        row = tl.minimum(column_of(e), M - 1) * (KT * 64)
+    base = x_ptr + row + kt * 64 + e // 4 % 4 * 4 + e % 4
+    return tl.load(base), tl.load(base + 16), tl.load(base + 32), tl.load(base + 48)
+
+
+@jit()
+def halves(words):
+    """The two float16 of each int32 word, as float32: low, high."""
+    low = (words & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    high = ((words >> 16) & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return low, high
+
+
+@jit()
+def to_words(low, high):
+    """The inverse of `halves`, rounding to float16."""
+    a = low.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    b = high.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+    return a | (b << 16)
+
+
+@jit()
+def add_weighted(words, weight, total, FIRST: tl.constexpr, ASM: tl.constexpr):
+    """Total + weight · words for [4 T] words of two float16; a thread's 4 weights are equal."""
+    if ASM:
+        if FIRST:
+            return tl.inline_asm_elementwise(
+                WEIGHT, WEIGHT_CONSTRAINTS, [words, weight], dtype=tl.int32, is_pure=True, pack=4
+            )
+        return tl.inline_asm_elementwise(
+            WEIGHT_ADD,
+            WEIGHT_ADD_CONSTRAINTS,
+            [words, weight, total],
             dtype=tl.int32,
-            is_pure=False,
+            is_pure=True,
             pack=4,
         )
-        return bits.to(tl.float32, bitcast=True)
-    return tl.load(ptrs, mask=ok, other=0.0)
-
-
-@jit()
-def read_any(ptrs, ok, tag, FLOW: tl.constexpr):
-    """`read_words` for a tensor of any shape, one word at a time."""
-    if FLOW:
-        bits = tl.inline_asm_elementwise(
-            POLL_ONE,
-            "=r,l,r,r",
-            [ptrs, ok.to(tl.int32), tl.full(ptrs.shape, 0, tl.int32) + tag],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-        return bits.to(tl.float32, bitcast=True)
-    return tl.load(ptrs, mask=ok, other=0.0)
-
-
-@jit()
-def tagged(values, tag, FLOW: tl.constexpr):
-    """With FLOW, round float32 to 20 significant bits and put `tag` (0 to 15) below them."""
-    if FLOW:
-        bits = values.to(tl.int32, bitcast=True)
-        return (((bits + 8) & -16) | tag).to(tl.float32, bitcast=True)
-    return values
+    low, high = halves(words)
+    if FIRST:
+        return to_words(low * weight, high * weight)
+    total_low, total_high = halves(total)
+    return to_words(low * weight + total_low, high * weight + total_high)
 
 
 @jit()
@@ -241,36 +295,39 @@ def _mma_twin(w0, w1, s, xs, acc, W: tl.constexpr):
             word = _pick(first, step)
         else:
             word = _pick(second, step - 4)
-        x4 = tl.reshape(xs[step], [W, 8, 4, 4]).to(tl.float32)  # W, token, lane, column
+        x4 = tl.reshape(xs[step // 2], [W, 8, 4, 4])  # W, token, lane, word
         scale = _pick(tl.reshape(pairs, [W, 32, 4]), step // 2)  # same in all 4 lanes of a row
         scale = tl.reshape(scale, [W, 8, 4])
-        scale_low = (scale & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        scale_high = (scale >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        scale_low, scale_high = halves(scale)
         for column in tl.static_range(4):
-            x = _pick(x4, column)  # W, token, lane
+            x_even, x_odd = halves(_pick(x4, step % 2 * 2 + column // 2))  # W, token, lane
+            if column % 2:
+                x = x_odd
+            else:
+                x = x_even
             a = _nibbles(word, (column // 2) * 8 + (column % 2) * 16) * scale_low  # W, row, lane
             b = _nibbles(word, (column // 2) * 8 + (column % 2) * 16 + 4) * scale_high
             low += tl.sum(a[:, :, None, :] * x[:, None, :, :], axis=3)
-            high += tl.sum(b[:, :, None, :] * x[:, None, :, :], axis=3)
+            high += tl.sum(b[:, :, None, :] * x[:, None, :, :], axis=3) * 16.0
     both = tl.join(tl.reshape(low, [W, 8, 4, 2]), tl.reshape(high, [W, 8, 4, 2]))
     both = tl.permute(both, (0, 1, 2, 4, 3))
     return acc + tl.reshape(both, [W * 128])
 
 
 @jit()
-def mma_tile(w0, w1, s, xs, acc, MANY: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr):
+def mma_tile(w0, w1, s, xs, acc, zero, MANY: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr):
     """Add tile times activations to `acc`, float32 [4 T]: element 4·lane + 2·half + i of a warp is
-    row lane // 4 + 8·half, token 2·(lane % 4) + i. With ASM, rows 8 to 15 come out 16 times too
-    large (`row_sums` undoes it), and without MANY only token 0 is computed.
+    row lane // 4 + 8·half, token 2·(lane % 4) + i. Rows 8 to 15 come out 16 times too large
+    (`undo_16` has the remedy), and without MANY only token 0 is computed.
 
-    `xs` is a tuple of eight float16 [4 T], one for each instruction.
+    `xs` is the tuple of four int32 [4 T] that `load_x` gives, `zero` what `settle` gives.
     """
     if ASM:
         if MANY:
             return tl.inline_asm_elementwise(
                 MMA_MANY,
                 MMA_CONSTRAINTS,
-                [w0, w1, s, xs[0], xs[1], xs[2], xs[3], xs[4], xs[5], xs[6], xs[7], acc],
+                [w0, w1, s, xs[0], xs[1], xs[2], xs[3], acc, zero + tl.zeros_like(acc)],
                 dtype=tl.float32,
                 is_pure=True,
                 pack=4,
@@ -278,7 +335,7 @@ def mma_tile(w0, w1, s, xs, acc, MANY: tl.constexpr, ASM: tl.constexpr, W: tl.co
         return tl.inline_asm_elementwise(
             MMA_ONE,
             MMA_CONSTRAINTS,
-            [w0, w1, s, xs[0], xs[1], xs[2], xs[3], xs[4], xs[5], xs[6], xs[7], acc],
+            [w0, w1, s, xs[0], xs[1], xs[2], xs[3], acc, zero + tl.zeros_like(acc)],
             dtype=tl.float32,
             is_pure=True,
             pack=4,
@@ -287,20 +344,169 @@ def mma_tile(w0, w1, s, xs, acc, MANY: tl.constexpr, ASM: tl.constexpr, W: tl.co
 
 
 @jit()
-def row_sums(acc, ASM: tl.constexpr, W: tl.constexpr):
-    """Sum accumulators over the warps: [4 T] to float32 [128], element 4·lane + 2·half + i."""
-    total = tl.sum(tl.reshape(acc, [W, 128]), axis=0)
-    if ASM:
-        half = tl.arange(0, 128) // 2 % 2
-        total = tl.where(half == 1, total * 0.0625, total)
-    return total
+def undo_16(e):
+    """Factor of element e of a [4 T] result that undoes what `mma_tile` does to rows 8 to 15."""
+    return tl.where(e // 2 % 2 == 1, 0.0625, 1.0)
+
+
+# Sums across lanes and warps
 
 
 @jit()
-def sum_by_token(x, M: tl.constexpr, W: tl.constexpr):
-    """Sum activation-shaped [4 T] over everything but the token column, and spread it again."""
+def sum_columns(acc, MP: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr):
+    """Add up a [4 T] result's columns n of each token n % MP; every such column gets the sum."""
+    if MP == 8:
+        return acc
+    if ASM:
+        code: tl.constexpr = COLUMNS_1 if MP == 1 else COLUMNS_2 if MP == 2 else COLUMNS_4
+        return tl.inline_asm_elementwise(
+            code, FOUR_F, [acc], dtype=tl.float32, is_pure=True, pack=4
+        )
+    parts = tl.reshape(acc, [W * 8, 4, 2, 2])  # row, lane, half, i
+    parts = tl.reshape(tl.permute(parts, (0, 2, 1, 3)), [W * 16, 8 // MP, MP])
+    total = tl.broadcast_to(tl.sum(parts, axis=1)[:, None, :], [W * 16, 8 // MP, MP])
+    total = tl.permute(tl.reshape(total, [W * 8, 2, 4, 2]), (0, 2, 1, 3))
+    return tl.reshape(total, [W * 128])
+
+
+@jit()
+def add_lanes(x, MAX: tl.constexpr, MP: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr):
+    """Sum or largest of an activation-shaped [4 T] over the columns of each token n % MP."""
+    if MP == 8:
+        return x
+    if ASM:
+        if MAX:
+            code: tl.constexpr = MAX_1 if MP == 1 else MAX_2 if MP == 2 else MAX_4
+        else:
+            code: tl.constexpr = ADD_1 if MP == 1 else ADD_2 if MP == 2 else ADD_4
+        return tl.inline_asm_elementwise(code, FOUR_F, [x], dtype=tl.float32, is_pure=True, pack=4)
+    parts = tl.reshape(x, [W, 8 // MP, MP, 16])
+    if MAX:
+        best = tl.max(parts, axis=1)
+    else:
+        best = tl.sum(parts, axis=1)
+    return tl.reshape(tl.broadcast_to(best[:, None, :, :], [W, 8 // MP, MP, 16]), [W * 128])
+
+
+@jit()
+def load_partials(p_ptr, e, PB: tl.constexpr, M: tl.constexpr, W: tl.constexpr):
+    """Each thread's part of p [8, PB], for `sum_partials`: float32 [4 T], zero but in warp 0.
+
+    One warp only: all programs read these few lines at once, and the cache serves a line to one
+    reader after the other.
+    """
+    x = tl.zeros([W * 128], tl.float32)
     if M == 1:
-        return tl.sum(x, axis=0) + tl.zeros_like(x)
-    total = tl.sum(tl.sum(tl.reshape(x, [W, 8, 16]), axis=2), axis=0)
-    spread = tl.broadcast_to(total[None, :, None], [W, 8, 16])
-    return tl.reshape(spread, [W * 128])
+        for k in tl.static_range((PB + 127) // 128):
+            at = e % 128 + k * 128
+            x += tl.load(p_ptr + at, mask=(at < PB) & (e < 128), other=0.0)
+    else:
+        token = tl.minimum(e // 4 % 4 * 2 + e % 2, M - 1)
+        for k in tl.static_range((PB + 7) // 8):
+            at = e // 16 % 8 + k * 8
+            x += tl.load(p_ptr + token * PB + at, mask=(at < PB) & (e < 128), other=0.0)
+    return x
+
+
+@jit()
+def sum_partials(x, M: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr):
+    """Sum over the last axis of `load_partials`' table, for the token of each result column.
+
+    Right in warp 0 only.
+    """
+    if ASM:
+        code: tl.constexpr = TOTAL if M == 1 else ROWS_MANY
+        out = tl.inline_asm_elementwise(code, FOUR_F, [x], dtype=tl.float32, is_pure=True, pack=4)
+    elif M == 1:
+        out = tl.sum(tl.reshape(x, [W, 128]), axis=1)
+        out = tl.reshape(tl.broadcast_to(out[:, None], [W, 128]), [W * 128])
+    else:
+        out = tl.sum(tl.reshape(x, [W, 8, 16]), axis=1)
+        out = tl.reshape(tl.broadcast_to(out[:, None, :], [W, 8, 16]), [W * 128])
+    return out
+
+
+@jit()
+def sum_rows(x, MP: tl.constexpr, ASM: tl.constexpr):
+    """Sum over the rows of x [T], whose element row · MP + token counts for row < 16: [T / ...].
+
+    For MP = 1: [T], right in element 0. Else [MP].
+    """
+    if MP == 1:
+        if ASM:
+            out = tl.inline_asm_elementwise(
+                ROWS_16, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+            )
+        else:
+            out = tl.zeros_like(x) + tl.sum(x, axis=0)
+    else:
+        out = tl.sum(tl.reshape(x, [x.shape[0] // MP, MP]), axis=0)
+    return out
+
+
+@jit()
+def shared_base(ASM: tl.constexpr):
+    """Address of the program's shared memory for `share`. Call it once in a kernel."""
+    if ASM:
+        return tl.inline_asm_elementwise(BASE, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    return 0
+
+
+@jit()
+def share(base, band, acc, e, ASM: tl.constexpr, W: tl.constexpr):
+    """Leave a band's result of each warp in shared memory; `tl.debug_barrier` must follow."""
+    if ASM:
+        tl.inline_asm_elementwise(
+            SHARE,
+            SHARE_CONSTRAINTS,
+            [acc, base + band * (W * 512) + e // 4 * 16],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=4,
+        )
+
+
+@jit()
+def from_warp_0(base, slot, x, index, ASM: tl.constexpr, W: tl.constexpr):
+    """Element `index` of what `share` was given as band `slot`, of warp 0 alone."""
+    if ASM:
+        out = tl.inline_asm_elementwise(
+            "ld.shared.f32 $0, [$1];",
+            "=f,r",
+            [base + slot * (W * 512) + index * 4],
+            dtype=tl.float32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        out = tl.gather(x, index, 0)
+    return out
+
+
+@jit()
+def result_index(row, token):
+    """Element of a warp's [128] result that holds a row (0 to 15) of a token (0 to 7)."""
+    return (row % 8 * 4 + token // 2) * 4 + row // 8 * 2 + token % 2
+
+
+@jit()
+def across_warps(base, accs, band, index, ASM: tl.constexpr, W: tl.constexpr):
+    """Sum over the warps of element `index` of band `band` (tensors of one shape): float32.
+
+    accs: the tuple of [4 T] that `share` has been given, band by band.
+    """
+    if ASM:
+        code: tl.constexpr = ACROSS_4 if W == 4 else ACROSS_8 if W == 8 else ACROSS_16
+        return tl.inline_asm_elementwise(
+            code,
+            "=f,r",
+            [base + band * (W * 512) + index * 4],
+            dtype=tl.float32,
+            is_pure=False,
+            pack=1,
+        )
+    out = tl.zeros(index.shape, tl.float32)
+    for b in tl.static_range(len(accs)):
+        total = tl.sum(tl.reshape(accs[b], [W, 128]), axis=0)
+        out = tl.where(band == b, tl.gather(total, index, 0), out)
+    return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -17,13 +17,19 @@ from albor_serve.kernels.weights import DecodeWeights
 __all__ = ["DecodePlan", "GpuDecoder", "plan_for"]
 
 
+NO_CANDIDATE: Final = 0xFFFFFF
+"""A `steps.candidate` of token 0: what feedback reads before any step has written a best."""
+
+_MAX_SPLITS: Final = 64
+
+
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _divisor_from(n: int, least: int) -> int:
-    """The smallest divisor of n that is at least `least`, which is 1 to n."""
-    return next(i for i in range(least, n + 1) if n % i == 0)
+def _divisor_up_to(n: int, most: int) -> int:
+    """The largest divisor of n that is at most `most`."""
+    return next(i for i in range(min(n, most), 0, -1) if n % i == 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +41,16 @@ class DecodePlan:
     num_splits: int
     """S: programs that share one key-value head's positions."""
     positions: int
-    """P: positions of one attention tile."""
+    """P: positions of one attention tile, for several tokens."""
+    rows_per_lane: int
+    """NR: positions that a lane holds at a time, for one token."""
     bands_gate_up: int
-    bands_head: int
-    num_warps: int
+    warps_qkv: int
+    warps_attention: int
+    warps_output: int
+    warps_gate_up: int
+    warps_down: int
+    warps_head: int
     stream: bool
     """Whether the weights exceed the cache, so that keeping them there would only evict others."""
     pdl: bool
@@ -49,12 +61,14 @@ def plan_for(
     weights: DecodeWeights,
     *,
     num_tokens: int = 1,
-    num_splits: int = 8,
+    num_parts: int = 16,
     num_programs: int = 128,
     cache_bytes: int = 40 << 20,
     pdl: bool = False,
 ) -> DecodePlan:
     """A plan that spreads each step over about `num_programs` programs.
+
+    `num_parts` is how many parts a head's positions are cut into.
 
     Raises:
         ConfigError: num_tokens is not 1 to 8.
@@ -62,15 +76,23 @@ def plan_for(
     if not 1 <= num_tokens <= 8:
         raise ConfigError(f"num_tokens is {num_tokens}: the kernels compute 1 to 8 at once")
     config = weights.config
-    head_bands = -(-config.vocab_size // TILE_ROWS)
     gate_bands = config.intermediate_size // 8
+    warps_attention = 4
+    group = _power_of_two(config.num_heads // config.num_kv_heads)
+    # For one token a program of several warps makes several parts of a small group of heads.
+    parts_each = max(1, warps_attention // group) if num_tokens == 1 else 1
     return DecodePlan(
         num_tokens=num_tokens,
-        num_splits=num_splits,
+        num_splits=max(1, num_parts // parts_each),
         positions=64,
-        bands_gate_up=_divisor_from(gate_bands, -(-gate_bands // num_programs)),
-        bands_head=max(1, -(-head_bands // num_programs)),
-        num_warps=8,
+        rows_per_lane=4,
+        bands_gate_up=_divisor_up_to(gate_bands, max(1, min(4, gate_bands // num_programs) // 2)),
+        warps_qkv=4 if num_tokens == 1 else 8,
+        warps_attention=warps_attention,
+        warps_output=4 if num_tokens == 1 else 8,
+        warps_gate_up=4 if num_tokens == 1 else 8,
+        warps_down=8,
+        warps_head=8,
         stream=weights.bytes_per_token > cache_bytes,
         pdl=pdl,
         asm=not INTERPRET,
@@ -104,14 +126,19 @@ class GpuDecoder:
         self.out_tokens = torch.zeros(max_seq_len + 1, dtype=torch.int32, device=device)
         """int32 [max_seq_len + 1]: token of each position, as fed back."""
         self.logits = torch.zeros(8, c.vocab_size, dtype=torch.float32, device=device)
+        bands = c.hidden_size // TILE_ROWS
         self._h = torch.zeros(2, 8, c.hidden_size, dtype=torch.float32, device=device)
+        self._x = torch.zeros(2, 8, c.hidden_size, dtype=torch.float16, device=device)
+        self._sums = torch.zeros(2, 8, bands, dtype=torch.float32, device=device)
+        self._inverse = torch.zeros(2, 8, dtype=torch.float32, device=device)
+        self._rope = torch.zeros(8, c.head_dim, dtype=torch.float32, device=device)
         q_rows = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
         self._qkv = torch.zeros(8, q_rows, dtype=torch.float32, device=device)
-        heads = 32 * 8 * c.num_heads
-        self._attention = torch.zeros(heads * c.head_dim, dtype=torch.float32, device=device)
+        heads = _MAX_SPLITS * 8 * c.num_heads
+        self._attention = torch.zeros(heads * c.head_dim, dtype=torch.float16, device=device)
         self._lse = torch.zeros(heads * 4, dtype=torch.float32, device=device)
-        self._act = torch.zeros(8, c.intermediate_size, dtype=torch.float32, device=device)
-        self.best = torch.zeros(1024, 8, dtype=torch.int64, device=device)
+        self._act = torch.zeros(8, c.intermediate_size, dtype=torch.float16, device=device)
+        self.best = torch.full((1024, 8), NO_CANDIDATE, dtype=torch.int64, device=device)
         """int64 [programs, 8]: each head program's best token (`steps.candidate`)."""
 
     def step(self, plan: DecodePlan, *, feedback: bool = False, store_logits: bool = True) -> None:
@@ -136,53 +163,104 @@ class GpuDecoder:
         d, ff, q_size = c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim
         kt, kt_o, kt_ff = d // TILE_COLS, q_size // TILE_COLS, ff // TILE_COLS
         qkv_rows = q_size + 2 * c.num_kv_heads * c.head_dim
-        group = _power_of_two(c.num_heads // c.num_kv_heads)
+        bands = d // TILE_ROWS
         head_bands = -(-c.vocab_size // TILE_ROWS)
-        head_programs = -(-head_bands // plan.bands_head)
-        shared: dict[str, Any] = {"num_warps": plan.num_warps, "num_stages": 1}
-        if plan.pdl:
-            shared["launch_pdl"] = True
-        first, second = self._h[0], self._h[1]
-        gemv: dict[str, Any] = {
-            "M": tokens,
-            "STREAM": plan.stream,
-            "PDL": plan.pdl,
-            "ASM": plan.asm,
-            "W": plan.num_warps,
-        }
+        head_programs = -(-head_bands // plan.warps_head)
+        h, x, sums, inverse = self._h, self._x, self._sums, self._inverse
+        words = x.view(torch.int32)
+
+        def launch(num_warps: int) -> dict[str, Any]:
+            options: dict[str, Any] = {"PDL": plan.pdl, "num_warps": num_warps, "num_stages": 1}
+            if plan.pdl:
+                options["launch_pdl"] = True
+            return options
+
+        def gemv(num_warps: int) -> dict[str, Any]:
+            return {
+                "M": tokens,
+                "PB": bands,
+                "STREAM": plan.stream,
+                "ASM": plan.asm,
+                "W": num_warps,
+                **launch(num_warps),
+            }
+
+        # Residual stream and its norm's pieces: [0] enters attention, [1] the feed-forward part.
         phases.embed_kernel[(1 if feedback else tokens,)](
-            w.embedding, self.best, self.tokens, self.position, self.out_tokens, first,
-            head_programs, KT=kt, KB=_power_of_two(d), NK=_power_of_two(head_programs),
-            FEEDBACK=feedback, PDL=plan.pdl, **shared,
+            w.embedding, w.attention_gain[0], self.best, self.tokens, self.position,
+            self.out_tokens, w.cos, w.sin, h[0], x[0], sums[0], inverse[1], self._rope,
+            head_programs, c.rms_norm_eps, KT=kt, KB=_power_of_two(d),
+            NK=_power_of_two(head_programs), D=c.head_dim, PB=bands, PBP=_power_of_two(bands),
+            FEEDBACK=feedback, **launch(8),
         )  # fmt: skip
         for i in range(c.num_layers):
             phases.qkv_kernel[(qkv_rows // TILE_ROWS,)](
-                w.qkv[i], w.attention_gain[i], first, self._qkv, c.rms_norm_eps, N=qkv_rows, KT=kt,
-                **gemv, **shared,
+                w.qkv[i], words[0], sums[0], inverse[1], inverse[0], self._qkv, c.rms_norm_eps,
+                N=qkv_rows, KT=kt, MP=padded, **gemv(plan.warps_qkv),
             )  # fmt: skip
-            phases.attention_kernel[(c.num_kv_heads, plan.num_splits)](
-                self._qkv, self.keys[i], self.values[i], w.cos, w.sin, w.query_gain[i],
-                w.key_gain[i], self._attention, self._lse, self.position, self.max_seq_len,
-                c.rms_norm_eps, M=tokens, H=c.num_heads, HKV=c.num_kv_heads, D=c.head_dim,
-                GP=group, RP=max(16, padded * group), P=plan.positions, S=plan.num_splits,
-                QK_NORM=c.qk_norm, PDL=plan.pdl, **shared,
+            num_splits = self._attend(i, plan, launch(plan.warps_attention))
+            phases.output_kernel[(bands,)](
+                w.output[i], self._attention.view(torch.int32), self._lse, h[0], h[1],
+                w.feed_forward_gain[i], inverse[0], x[1], sums[1], N=d, KT=kt_o, MP=padded,
+                H=c.num_heads, D=c.head_dim, S=num_splits, **gemv(plan.warps_output),
             )  # fmt: skip
-            phases.output_kernel[(d // TILE_ROWS,)](
-                w.output[i], self._attention, self._lse, first, second, N=d, KT=kt_o, MP=padded,
-                H=c.num_heads, D=c.head_dim, S=plan.num_splits, **gemv, **shared,
+            gate_bands = plan.bands_gate_up
+            phases.gate_up_kernel[(ff // 8 // gate_bands,)](
+                w.gate_up[i], words[1], sums[1], inverse[0], inverse[1], self._act,
+                c.rms_norm_eps, F=ff, KT=kt, NB=gate_bands, MP=padded, **gemv(plan.warps_gate_up),
             )  # fmt: skip
-            bands = ff // 8
-            phases.gate_up_kernel[(-(-bands // plan.bands_gate_up),)](
-                w.gate_up[i], w.feed_forward_gain[i], second, self._act, c.rms_norm_eps,
-                F=ff, KT=kt, NB=plan.bands_gate_up, **gemv, **shared,
-            )  # fmt: skip
-            phases.feed_forward_kernel[(d // TILE_ROWS,)](
-                w.down[i], self._act, second, first, N=d, KT=kt_ff, **gemv, **shared,
+            last = i + 1 == c.num_layers
+            phases.feed_forward_kernel[(bands,)](
+                w.down[i], self._act.view(torch.int32), h[1], h[0],
+                w.final_gain if last else w.attention_gain[i + 1], inverse[1], x[0], sums[0], N=d,
+                KT=kt_ff, MP=padded, **gemv(plan.warps_down),
             )  # fmt: skip
         phases.head_kernel[(head_programs,)](
-            w.head, w.final_gain, first, self.logits, self.best, c.rms_norm_eps, head_bands,
-            V=c.vocab_size, KT=kt, NB=plan.bands_head, STORE=store_logits, **gemv, **shared,
+            w.head, words[0], sums[0], inverse[1], self.logits, self.best,
+            c.rms_norm_eps, head_bands, V=c.vocab_size, KT=kt, STORE=store_logits,
+            **gemv(plan.warps_head),
         )  # fmt: skip
+
+    def _attend(self, layer: int, plan: DecodePlan, launch: dict[str, Any]) -> int:
+        """Launch one layer's attention; returns the number of partial outputs it leaves."""
+        w, c = self.weights, self.weights.config
+        group = _power_of_two(c.num_heads // c.num_kv_heads)
+        query_rows = max(group, plan.warps_attention)
+        num_parts = plan.num_splits * (query_rows // group if plan.num_tokens == 1 else 1)
+        if num_parts > _MAX_SPLITS:
+            raise ConfigError(
+                f"the plan cuts a head's positions into {num_parts} parts: {_MAX_SPLITS} at most"
+            )
+        buffers = (
+            self._qkv, self.keys[layer], self.values[layer], self._rope, w.query_gain[layer],
+            w.key_gain[layer], self._attention, self._lse, self.position, self.max_seq_len,
+            c.rms_norm_eps,
+        )  # fmt: skip
+        shape: dict[str, Any] = {
+            "H": c.num_heads,
+            "HKV": c.num_kv_heads,
+            "D": c.head_dim,
+            "GP": group,
+            "S": plan.num_splits,
+            "QK_NORM": c.qk_norm,
+        }
+        grid = (c.num_kv_heads, plan.num_splits)
+        if plan.num_tokens > 1:
+            rows = max(16, _power_of_two(plan.num_tokens) * group)
+            phases.attention_kernel[grid](
+                *buffers, M=plan.num_tokens, RP=rows, P=plan.positions, **shape, **launch
+            )
+            return num_parts
+        phases.attention_one_kernel[grid](
+            *buffers,
+            QH=query_rows,
+            RL=512 // c.head_dim,
+            NR=plan.rows_per_lane,
+            ASM=plan.asm,
+            **shape,
+            **launch,
+        )
+        return num_parts
 
     def capture(
         self, plan: DecodePlan, *, feedback: bool, num_steps: int = 1, store_logits: bool = False

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,no-any-return"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,no-any-return,assignment"
 """Each step of `steps` as a kernel of its own, for a CUDA graph.
 
 With PDL (programmatic dependent launch, Hopper and later) a kernel starts while the one before it
@@ -9,30 +9,39 @@ that has waited knows that all before it are complete.
 from __future__ import annotations
 
 from albor_serve.kernels._triton import jit, tl
-from albor_serve.kernels.core import row_sums
+from albor_serve.kernels.core import (
+    across_warps,
+    from_warp_0,
+    load_tile,
+    load_x,
+    mma_tile,
+    result_index,
+    settle,
+    share,
+    shared_base,
+    sum_columns,
+    sum_rows,
+    undo_16,
+)
 from albor_serve.kernels.steps import (
-    attend,
+    attend_many,
+    attend_one,
     candidate,
     candidate_index,
     embed_at,
-    gated,
+    inverse_rms,
+    load_attention,
     load_bands,
-    load_gain,
+    load_inputs,
     load_kv,
     load_rows,
-    normalise,
     product,
-    read_attention,
-    read_x,
-    result_row,
-    store_gated,
-    store_rows,
-    sum_columns,
-    to_half,
+    silu,
 )
 
 __all__ = [
     "attention_kernel",
+    "attention_one_kernel",
     "embed_kernel",
     "feed_forward_kernel",
     "gate_up_kernel",
@@ -55,52 +64,120 @@ def _wait(PDL: tl.constexpr):
 
 
 @jit()
-def embed_kernel(w_ptr, keys_ptr, tokens_ptr, pos_ptr, out_ptr, h_ptr, num_keys,
-                 KT: tl.constexpr, KB: tl.constexpr, NK: tl.constexpr,
-                 FEEDBACK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """Write the embeddings of the next M tokens to h; program m handles token m.
+def embed_kernel(w_ptr, g_ptr, keys_ptr, tokens_ptr, pos_ptr, out_ptr, cos_ptr, sin_ptr, h_ptr,
+                 x_ptr, sums_ptr, inverse_ptr, rope_ptr, num_keys, eps, KT: tl.constexpr,
+                 KB: tl.constexpr, NK: tl.constexpr, D: tl.constexpr, PB: tl.constexpr,
+                 PBP: tl.constexpr, FEEDBACK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Write the embeddings of the next M tokens to h and x; program m handles token m.
 
     With FEEDBACK (M = 1) the token is the best of keys [NK, 8]; the program also appends it to
-    out[pos + 1] and moves pos on by one. Without, tokens [M] are read and pos stays.
+    out[pos + 1] and moves pos on by one. Without, tokens [M] are read and pos stays. Also writes
+    sums, inverse and rope.
     """
     _start(PDL)
     m = tl.program_id(0)
+    k = tl.arange(0, KB)
+    ok = k < KT * 128
+    gain = tl.load(g_ptr + k, mask=ok, other=0.0)
     _wait(PDL)
+    pos = tl.load(pos_ptr)
     if FEEDBACK:
         rows = tl.arange(0, NK)
         keys = tl.load(keys_ptr + rows * 8, mask=rows < num_keys, other=-(1 << 63))
         token = candidate_index(tl.max(keys, axis=0))
-        pos = tl.load(pos_ptr) + 1
+        pos += 1
         tl.store(out_ptr + pos, token)
         tl.store(pos_ptr, pos)
     else:
         token = tl.load(tokens_ptr + m)
-    k = tl.arange(0, KB)
-    ok = k < KT * 128
-    x = embed_at(w_ptr, token + k * 0, k, KT, ok)
-    tl.store(h_ptr + m * KT * 128 + k, x, mask=ok)
+    half: tl.constexpr = D // 2
+    d2 = tl.arange(0, half)
+    tl.store(rope_ptr + m * D + d2, tl.load(cos_ptr + (pos + m) * half + d2))
+    tl.store(rope_ptr + m * D + half + d2, tl.load(sin_ptr + (pos + m) * half + d2))
+    h = embed_at(w_ptr, token + k * 0, k, KT, ok)
+    h = tl.where(ok, h, 0.0)
+    total = tl.sum(h * h, axis=0)
+    inverse = tl.rsqrt(total / (KT * 128) + eps)
+    tl.store(h_ptr + m * KT * 128 + k, h, mask=ok)
+    tl.store(x_ptr + m * KT * 128 + k, (h * gain * inverse).to(tl.float16), mask=ok)
+    band = tl.arange(0, PBP)
+    tl.store(sums_ptr + m * PB + band, tl.where(band == 0, total, 0.0), mask=band < PB)
+    tl.store(inverse_ptr + m, inverse)
 
 
 @jit()
-def qkv_kernel(w_ptr, g_ptr, h_ptr, qkv_ptr, eps, N: tl.constexpr, KT: tl.constexpr,
-               M: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
+def _scale(base, slot, inverse, last, inverse_ptr, row, token, ok, first, ASM: tl.constexpr,
+           W: tl.constexpr):  # fmt: skip
+    """What a product with x is to be multiplied with to be one with RMSNorm(h), for each element.
+
+    The `first` program also stores the inverse for the next user.
+    """
+    new = from_warp_0(base, slot, inverse, result_index(0, token), ASM, W)
+    tl.store(inverse_ptr + token, new, mask=ok & (row == 0) & first)
+    return new / last
+
+
+@jit()
+def qkv_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, qkv_ptr, eps, N: tl.constexpr,
+               KT: tl.constexpr, PB: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
+               STREAM: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
                W: tl.constexpr):  # fmt: skip
     """Qkv = W · RMSNorm(h): one band of 16 outputs for each program."""
     _start(PDL)
     band = tl.program_id(0)
     e = tl.arange(0, W * 128)
     KPW: tl.constexpr = (KT + W - 1) // W
-    tiles = load_bands(w_ptr, band, KT, 1, STREAM, e, True, W)
-    gains = load_gain(g_ptr, KT, e, W)
+    base = shared_base(ASM)
+    tiles = load_bands(w_ptr, band, KT, 1, STREAM, e, W)
     _wait(PDL)
-    xs = read_x(h_ptr, tiles[0], 0, KT, M, e, False, W)
-    xs = normalise(xs, gains, eps, KT * 128, M, W)
-    y = row_sums(product(tiles, xs, 0, KPW, M > 1, ASM, W), ASM, W)
-    store_rows(qkv_ptr, y, band, N, 0, M, True, False)
+    xs = load_inputs(x_ptr, e, KT, M, W)
+    c = tl.arange(0, W * 32)
+    row = c // MP % 16
+    token = c % MP
+    ok = (c < 16 * MP) & (token < M)
+    last = tl.load(last_ptr + token, mask=ok, other=1.0)
+    inverse, zero = inverse_rms(sums_ptr, e, eps, KT * 128, PB, M, ASM, W)
+    acc = product(tiles, xs, zero, 0, KPW, M > 1, ASM, W)
+    share(base, 0, acc, e, ASM, W)
+    share(base, 1, inverse, e, ASM, W)
+    tl.debug_barrier()
+    y = across_warps(base, (acc,), c * 0, result_index(row, token), ASM, W)
+    scale = _scale(base, 1, inverse, last, inverse_ptr, row, token, ok, band == 0, ASM, W)
+    y = y * tl.where(row < 8, scale, scale * 0.0625)
+    tl.store(qkv_ptr + token * N + band * 16 + row, y, mask=ok)
 
 
 @jit()
-def attention_kernel(qkv_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, qn_ptr, kn_ptr, att_ptr, lse_ptr,
+def attention_one_kernel(qkv_ptr, k_ptr, v_ptr, rope_ptr, qn_ptr, kn_ptr, att_ptr, lse_ptr,
+                         pos_ptr, max_len, eps, H: tl.constexpr, HKV: tl.constexpr,
+                         D: tl.constexpr, GP: tl.constexpr, QH: tl.constexpr, RL: tl.constexpr,
+                         NR: tl.constexpr, S: tl.constexpr, QK_NORM: tl.constexpr,
+                         PDL: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    """Attention of one token: program (kv head, split)."""
+    _start(PDL)
+    kv_head = tl.program_id(0)
+    split = tl.program_id(1)
+    base = kv_head * max_len * D
+    r = tl.arange(0, RL)[:, None, None]
+    i = tl.arange(0, QH)[None, :, None]
+    d2 = tl.arange(0, D // 2)[None, None, :]
+    first = (split * (QH // GP) + i // GP) * (NR * RL)
+    # Kernels of the same token may still run, but none that writes what this reads: the new
+    # token's key and value do not come from the cache.
+    rows = load_rows(k_ptr + base, v_ptr + base, first, r, d2, max_len, D, RL, NR)
+    gains = ()
+    if QK_NORM:
+        at = d2 + r * 0 + i * 0
+        gains = (tl.load(qn_ptr + at), tl.load(qn_ptr + D // 2 + at), tl.load(kn_ptr + at),
+                 tl.load(kn_ptr + D // 2 + at))  # fmt: skip
+    _wait(PDL)
+    attend_one(rows, gains, first, qkv_ptr, k_ptr + base, v_ptr + base, rope_ptr, att_ptr, lse_ptr,
+               pos_ptr, kv_head, split, max_len, eps, H, HKV, D, GP, QH, RL, NR, S,
+               QK_NORM, ASM)  # fmt: skip
+
+
+@jit()
+def attention_kernel(qkv_ptr, k_ptr, v_ptr, rope_ptr, qn_ptr, kn_ptr, att_ptr, lse_ptr,
                      pos_ptr, max_len, eps, M: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr,
                      D: tl.constexpr, GP: tl.constexpr, RP: tl.constexpr, P: tl.constexpr,
                      S: tl.constexpr, QK_NORM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
@@ -109,107 +186,183 @@ def attention_kernel(qkv_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, qn_ptr, kn_ptr, at
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
     base = kv_head * max_len * D
-    # Kernels of the same token may still run, but none that writes what this reads: the new
-    # tokens' keys and values do not come from the cache.
+    # As in attention_one_kernel, nothing that still runs writes the cached positions.
     k_low, k_high, v = load_kv(k_ptr + base, v_ptr + base, split, max_len, P, D)
     _wait(PDL)
     pos = tl.load(pos_ptr)
-    attend(qkv_ptr, k_ptr + base, v_ptr + base, cos_ptr, sin_ptr, qn_ptr, kn_ptr, att_ptr,
-           lse_ptr, pos, kv_head, split, k_low, k_high, v, 0, eps, M, H, HKV, D, GP, RP, P, S,
-           QK_NORM, False)  # fmt: skip
+    attend_many(k_low, k_high, v, qkv_ptr, k_ptr + base, v_ptr + base, rope_ptr, qn_ptr, kn_ptr,
+                att_ptr, lse_ptr, pos, kv_head, split, max_len, eps, M, H, HKV, D, GP, RP, P, S,
+                QK_NORM)  # fmt: skip
 
 
 @jit()
-def output_kernel(w_ptr, att_ptr, lse_ptr, h_ptr, out_ptr, N: tl.constexpr, KT: tl.constexpr,
-                  M: tl.constexpr, MP: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-                  S: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
+def _load_residual(h_ptr, g_ptr, scale_ptr, band, N: tl.constexpr, M: tl.constexpr,
+                   MP: tl.constexpr, W: tl.constexpr):  # fmt: skip
+    """What `_finish` needs of a band: h, gain and scale [T], rows before tokens."""
+    c = tl.arange(0, W * 32)
+    row = c // MP % 16
+    token = c % MP
+    ok = (c < 16 * MP) & (token < M)
+    h = tl.load(h_ptr + token * N + band * 16 + row, mask=ok, other=0.0)
+    gain = tl.load(g_ptr + band * 16 + row, mask=ok, other=0.0)
+    return h, gain, tl.load(scale_ptr + token, mask=ok, other=0.0)
+
+
+@jit()
+def _finish(base, acc, residual, out_ptr, x_ptr, sums_ptr, band, N: tl.constexpr,
+            PB: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, ASM: tl.constexpr,
+            W: tl.constexpr):  # fmt: skip
+    """Add up a band's shared results, add them to h; write it, its x and its sum of squares."""
+    c = tl.arange(0, W * 32)
+    row = c // MP % 16
+    token = c % MP
+    ok = (c < 16 * MP) & (token < M)
+    y = across_warps(base, (acc,), c * 0, result_index(row, token), ASM, W)
+    h = residual[0] + tl.where(row < 8, y, y * 0.0625)
+    at = token * N + band * 16 + row
+    tl.store(x_ptr + at, (h * residual[1] * residual[2]).to(tl.float16), mask=ok)
+    tl.store(out_ptr + at, h, mask=ok)
+    total = sum_rows(tl.where(ok, h * h, 0.0), MP, ASM)
+    if MP == 1:
+        tl.store(sums_ptr + band + c * 0, total, mask=c == 0)
+    else:
+        t = tl.arange(0, MP)
+        tl.store(sums_ptr + t * PB + band, total, mask=t < M)
+
+
+@jit()
+def output_kernel(w_ptr, att_ptr, lse_ptr, h_ptr, out_ptr, g_ptr, scale_ptr, x_ptr, sums_ptr,
+                  N: tl.constexpr, KT: tl.constexpr, PB: tl.constexpr, M: tl.constexpr,
+                  MP: tl.constexpr, H: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
+                  STREAM: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
                   W: tl.constexpr):  # fmt: skip
     """Out = h + W · attention output, the splits combined on the way."""
     _start(PDL)
     band = tl.program_id(0)
     e = tl.arange(0, W * 128)
     KPW: tl.constexpr = (KT + W - 1) // W
-    tiles = load_bands(w_ptr, band, KT, 1, STREAM, e, True, W)
+    base = shared_base(ASM)
+    tiles = load_bands(w_ptr, band, KT, 1, STREAM, e, W)
     _wait(PDL)
-    h = load_rows(h_ptr, band, N, M, True)
-    xs = read_attention(att_ptr, lse_ptr, tiles[0], 0, KT, M, MP, H, D, S, e, False, ASM, W)
-    y = row_sums(product(tiles, xs, 0, KPW, True, ASM, W), ASM, W)
-    store_rows(out_ptr, h + sum_columns(y, MP), band, N, 0, M, True, False)
+    residual = _load_residual(h_ptr, g_ptr, scale_ptr, band, N, M, MP, W)
+    xs, zero = load_attention(att_ptr, lse_ptr, e, KT, M, MP, H, D, S, ASM, W)
+    acc = sum_columns(product(tiles, xs, zero, 0, KPW, True, ASM, W), MP, ASM, W)
+    share(base, 0, acc, e, ASM, W)
+    tl.debug_barrier()
+    _finish(base, acc, residual, out_ptr, x_ptr, sums_ptr, band, N, PB, M, MP, ASM, W)
 
 
 @jit()
-def gate_up_kernel(w_ptr, g_ptr, h_ptr, act_ptr, eps, F: tl.constexpr,
-                   KT: tl.constexpr, NB: tl.constexpr, M: tl.constexpr, STREAM: tl.constexpr,
-                   PDL: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
+def gate_up_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, act_ptr, eps, F: tl.constexpr,
+                   KT: tl.constexpr, NB: tl.constexpr, PB: tl.constexpr,
+                   M: tl.constexpr, MP: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr,
+                   ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """Act = SiLU(gate) · up of RMSNorm(h): NB bands of 8 channels for each program.
 
-    NB divides the number of bands: nothing masks a band too many.
+    NB divides the number of bands, and NB · 8 · MP is at most the number of threads.
     """
     _start(PDL)
     band = tl.program_id(0) * NB
     e = tl.arange(0, W * 128)
     KPW: tl.constexpr = (KT + W - 1) // W
-    tiles = load_bands(w_ptr, band, KT, NB, STREAM, e, True, W)
-    gains = load_gain(g_ptr, KT, e, W)
+    base = shared_base(ASM)
+    tiles = load_bands(w_ptr, band, KT, NB, STREAM, e, W)
     _wait(PDL)
-    xs = read_x(h_ptr, tiles[0], 0, KT, M, e, False, W)
-    xs = normalise(xs, gains, eps, KT * 128, M, W)
+    xs = load_inputs(x_ptr, e, KT, M, W)
+    c = tl.arange(0, W * 32)
+    which = tl.minimum(c // (8 * MP), NB - 1)
+    row = c // MP % 8
+    token = c % MP
+    ok = (c < NB * 8 * MP) & (token < M)
+    last = tl.load(last_ptr + token, mask=ok, other=1.0)
+    inverse, zero = inverse_rms(sums_ptr, e, eps, KT * 128, PB, M, ASM, W)
+    accs = ()
     for b in tl.static_range(NB):
-        y = row_sums(product(tiles, xs, b, KPW, M > 1, ASM, W), ASM, W)
-        store_gated(act_ptr, gated(y), band + b, F, 0, M, True, False)
+        acc = product(tiles, xs, zero, b, KPW, M > 1, ASM, W)
+        share(base, b, acc, e, ASM, W)
+        accs = accs + (acc,)  # noqa: RUF005
+    share(base, NB, inverse, e, ASM, W)
+    tl.debug_barrier()
+    gate = across_warps(base, accs, which, result_index(row, token), ASM, W)
+    up = across_warps(base, accs, which, result_index(row + 8, token), ASM, W)
+    scale = _scale(base, NB, inverse, last, inverse_ptr, row, token, ok, (band == 0) & (which == 0),
+                   ASM, W)  # fmt: skip
+    act = (silu(gate * scale) * (up * (scale * 0.0625))).to(tl.float16)
+    tl.store(act_ptr + token * F + (band + which) * 8 + row, act, mask=ok)
 
 
 @jit()
-def feed_forward_kernel(w_ptr, act_ptr, h_ptr, out_ptr, N: tl.constexpr, KT: tl.constexpr,
-                        M: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr,
+def feed_forward_kernel(w_ptr, act_ptr, h_ptr, out_ptr, g_ptr, scale_ptr, x_ptr, sums_ptr,
+                        N: tl.constexpr, KT: tl.constexpr, PB: tl.constexpr, M: tl.constexpr,
+                        MP: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr,
                         ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """Out = h + W · act."""
     _start(PDL)
     band = tl.program_id(0)
     e = tl.arange(0, W * 128)
     KPW: tl.constexpr = (KT + W - 1) // W
-    tiles = load_bands(w_ptr, band, KT, 1, STREAM, e, True, W)
+    base = shared_base(ASM)
+    tiles = load_bands(w_ptr, band, KT, 1, STREAM, e, W)
     _wait(PDL)
-    h = load_rows(h_ptr, band, N, M, True)
-    xs = to_half(read_x(act_ptr, tiles[0], 0, KT, M, e, False, W))
-    y = row_sums(product(tiles, xs, 0, KPW, M > 1, ASM, W), ASM, W)
-    store_rows(out_ptr, h + y, band, N, 0, M, True, False)
+    residual = _load_residual(h_ptr, g_ptr, scale_ptr, band, N, M, MP, W)
+    xs = load_inputs(act_ptr, e, KT, M, W)
+    zero = settle(ASM)
+    acc = product(tiles, xs, zero, 0, KPW, M > 1, ASM, W)
+    share(base, 0, acc, e, ASM, W)
+    tl.debug_barrier()
+    _finish(base, acc, residual, out_ptr, x_ptr, sums_ptr, band, N, PB, M, MP, ASM, W)
 
 
 @jit()
-def head_kernel(w_ptr, g_ptr, h_ptr, logits_ptr, keys_ptr, eps, num_bands, V: tl.constexpr,
-                KT: tl.constexpr, NB: tl.constexpr, M: tl.constexpr, STORE: tl.constexpr,
-                STREAM: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
+def head_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, logits_ptr, keys_ptr, eps, num_bands,
+                V: tl.constexpr, KT: tl.constexpr, PB: tl.constexpr, M: tl.constexpr,
+                STORE: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
                 W: tl.constexpr):  # fmt: skip
-    """Logits = W · RMSNorm(h) and each program's best: NB bands for each program.
+    """Logits = W · RMSNorm(h) and each program's best: a band of 16 for each warp.
 
     Writes keys [programs, 8], one `candidate` for each token, and with STORE logits [M, V].
     """
     _start(PDL)
-    first = tl.program_id(0) * NB
     e = tl.arange(0, W * 128)
-    c = tl.arange(0, 128)
-    KPW: tl.constexpr = (KT + W - 1) // W
-    tiles = load_bands(w_ptr, first, KT, 1, STREAM, e, first < num_bands, W)
-    gains = load_gain(g_ptr, KT, e, W)
+    base = shared_base(ASM)
+    band = tl.program_id(0) * W + e // 128
+    on = band < num_bands
+    row_of_tiles = tl.where(on, band, 0) * KT
+    AHEAD: tl.constexpr = min(4, KT)
+    tiles = ()
+    for k in tl.static_range(AHEAD):
+        tiles = tiles + load_tile(w_ptr, row_of_tiles + k, e, STREAM)
     _wait(PDL)
-    xs = read_x(h_ptr, tiles[0], 0, KT, M, e, False, W)
-    xs = normalise(xs, gains, eps, KT * 128, M, W)
-    best = tl.full([128], -float("inf"), tl.float32)
-    best_row = tl.zeros([128], tl.int32)
-    for b in tl.static_range(NB):
-        band = first + b
-        if b + 1 < NB:
-            ahead = load_bands(w_ptr, band + 1, KT, 1, STREAM, e, band + 1 < num_bands, W)
-        y = row_sums(product(tiles, xs, 0, KPW, M > 1, ASM, W), ASM, W)
-        row = band * 16 + result_row(c)
-        if STORE:
-            store_rows(logits_ptr, y, band, V, 0, M, band < num_bands, False)
-        better = (y > best) & (row < V)
-        best = tl.where(better, y, best)
-        best_row = tl.where(better, row, best_row)
-        if b + 1 < NB:
-            tiles = ahead
-    keys = candidate(best, best_row, 0)
-    keys = tl.reshape(tl.max(tl.max(tl.reshape(keys, [8, 4, 2, 2]), axis=2), axis=0), [8])
-    tl.store(keys_ptr + tl.program_id(0) * 8 + tl.arange(0, 8), keys)
+    xs = load_x(x_ptr, 0, e, KT, M)
+    token = e // 4 % 4 * 2 + e % 2
+    if M == 1:
+        last = tl.load(last_ptr)
+    else:
+        last = tl.load(last_ptr + tl.minimum(token, M - 1))
+    inverse, zero = inverse_rms(sums_ptr, e, eps, KT * 128, PB, M, ASM, W)
+    share(base, 0, inverse, e, ASM, W)
+    acc = tl.zeros([W * 128], tl.float32)
+    for k in tl.static_range(KT):
+        if k + AHEAD < KT:
+            tiles = tiles + load_tile(w_ptr, row_of_tiles + k + AHEAD, e, STREAM)
+        if k > 0:
+            xs = load_x(x_ptr, k, e, KT, M)
+        acc = mma_tile(tiles[3 * k], tiles[3 * k + 1], tiles[3 * k + 2], xs, acc, zero, M > 1,
+                       ASM, W)  # fmt: skip
+    tl.debug_barrier()
+    new = from_warp_0(base, 0, inverse, result_index(0, token), ASM, W)
+    y = acc * (new / last) * undo_16(e)
+    row = band * 16 + e // 16 % 8 + e // 2 % 2 * 8
+    ok = on & (row < V)
+    if STORE:
+        tl.store(logits_ptr + token * V + row, y, mask=ok & (token < M))
+    keys = candidate(tl.where(ok, y, -float("inf")), row)
+    keys_at = keys_ptr + tl.program_id(0) * 8
+    if M == 1:
+        # Without MANY the columns of other tokens are zero, not copies.
+        keys = tl.where(token == 0, keys, -(1 << 63))
+        tl.store(keys_at, tl.max(keys, axis=0))
+    else:
+        keys = tl.reshape(keys, [W * 8, 4, 2, 2])
+        keys = tl.reshape(tl.max(tl.max(keys, axis=2), axis=0), [8])
+        tl.store(keys_at + tl.arange(0, 8), keys)

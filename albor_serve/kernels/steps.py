@@ -1,111 +1,80 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,no-any-return,assignment,misc,no-redef"
-"""The steps of one decoder layer as device functions, each split where it must wait.
+# mypy: disable-error-code="var-annotated"
+"""The steps of one decoder layer as device functions; `phases` makes kernels of them.
 
-Before the wait: what does not depend on the step before (weights, cached keys and values). After
-it: everything else. `phases` wraps each step in a kernel; `persistent` chains them in one kernel.
-
-Buffers, all float32: h [M, d] residual stream; qkv [M, (H + 2 H_kv) D]; att [S, M, H D], each
-split's normalised attention output, with lse [S, M, H, 4], log2 of its weight, four times;
-act [M, F]. Keys and values: float16 [H_kv, max_seq_len, D] of one layer.
+Buffers: h [M, d] float32, the residual stream; x [M, d] float16, h times the next norm's gain
+times 1 / (the last norm's root mean square), so that it has about the size of the normalised h;
+sums [8, PB] float32, what each band of 16 adds to a token's sum of squares; inverse [8] float32,
+1 / (root mean square). A product with x then only needs the factor (new inverse) / (last inverse),
+and no program has to see the whole of h before it can multiply. qkv [M, (H + 2 H_kv) D] float32;
+att [S, M, H D] float16, each split's normalised attention output, with lse [S, M, H, 4] float32,
+log2 of its weight, four times; act [M, F] float16. Keys and values: float16 [H_kv, max_seq_len, D]
+of one layer. rope [8, 2, D / 2] float32: cosines and sines of each token's position.
 
 M tokens are computed at once, at most 8; MP is M rounded up to a power of two. W is the number of
-warps. KT counts tiles along K, KPW = ceil(KT / W) those of one warp.
+warps. KT counts tiles along K; warp w takes tiles w, w + W, w + 2 W, ...; KPW = KT / W, rounded up.
 """
 
 from __future__ import annotations
 
 from albor_serve.kernels._triton import jit, tl
 from albor_serve.kernels.core import (
+    add_lanes,
+    add_weighted,
     column_of,
-    k_of,
+    load_partials,
     load_tile,
+    load_x,
     mma_tile,
-    read_any,
-    read_words,
-    sum_by_token,
-    tagged,
+    settle,
+    sum_partials,
 )
 
 
 @jit()
-def load_bands(w_ptr, band, KT: tl.constexpr, NB: tl.constexpr, STREAM: tl.constexpr, e, on,
+def load_bands(w_ptr, band, KT: tl.constexpr, NB: tl.constexpr, STREAM: tl.constexpr, e,
                W: tl.constexpr):  # fmt: skip
-    """Weights of bands band to band + NB - 1: a tuple of 3 · NB · KPW int32 [4 T]."""
+    """Weights of bands band to band + NB - 1: a tuple of 3 · NB · KPW int32 [4 T].
+
+    A warp beyond the last tile repeats it; `load_zeroed` takes care that it counts for nothing.
+    """
     tiles = ()
     KPW: tl.constexpr = (KT + W - 1) // W
     for b in tl.static_range(NB):
         for q in tl.static_range(KPW):
-            kt = e // 128 + q * W
-            w0, w1, s = load_tile(w_ptr, (band + b) * KT + kt, on & (kt < KT), e, STREAM)
+            kt = tl.minimum(e // 128 + q * W, KT - 1)
+            w0, w1, s = load_tile(w_ptr, (band + b) * KT + kt, e, STREAM)
+            if KT % W:
+                s = tl.where(e // 128 + q * W < KT, s, 0)
             tiles = tiles + (w0, w1, s)  # noqa: RUF005 - Triton has no unpacking
     return tiles
 
 
 @jit()
-def load_gain(g_ptr, KT: tl.constexpr, e, W: tl.constexpr):
-    """RMSNorm gains in the order of the activations: a tuple of 8 · KPW float32 [4 T]."""
-    gains = ()
-    KPW: tl.constexpr = (KT + W - 1) // W
-    for q in tl.static_range(KPW):
-        kt = e // 128 + q * W
-        for step in tl.static_range(8):
-            gains = gains + (tl.load(g_ptr + kt * 128 + k_of(e, step), mask=kt < KT, other=0.0),)  # noqa: RUF005
-    return gains
-
-
-@jit()
-def read_x(x_ptr, anchor, tag, KT: tl.constexpr, M: tl.constexpr, e, FLOW: tl.constexpr,
-           W: tl.constexpr):  # fmt: skip
-    """Activations [M, KT · 128] as the B operand: a tuple of 8 · KPW float32 [4 T]."""
+def load_inputs(x_ptr, e, KT: tl.constexpr, M: tl.constexpr, W: tl.constexpr):
+    """Each warp's columns of x: a tuple of 4 · KPW int32 [4 T]."""
     xs = ()
     KPW: tl.constexpr = (KT + W - 1) // W
-    n = column_of(e)
     for q in tl.static_range(KPW):
-        kt = e // 128 + q * W
-        ok = (kt < KT) & (n < M)
-        base = x_ptr + n * (KT * 128) + kt * 128
-        for step in tl.static_range(8):
-            xs = xs + (read_words(base + k_of(e, step), ok, anchor, tag, FLOW),)  # noqa: RUF005
+        kt = tl.minimum(e // 128 + q * W, KT - 1)
+        a, b, c, d = load_x(x_ptr, kt, e, KT, M)
+        xs = xs + (a, b, c, d)  # noqa: RUF005
     return xs
 
 
 @jit()
-def normalise(xs, gains, eps, K: tl.constexpr, M: tl.constexpr, W: tl.constexpr):
-    """RMSNorm (Zhang and Sennrich 2019) of `read_x`'s tuple: float16."""
-    squares = xs[0] * xs[0]
-    for i in tl.static_range(1, len(xs)):
-        squares += xs[i] * xs[i]
-    inverse = tl.rsqrt(sum_by_token(squares, M, W) / K + eps)
-    out = ()
-    for i in tl.static_range(len(xs)):
-        out = out + ((xs[i] * inverse * gains[i]).to(tl.float16),)  # noqa: RUF005
-    return out
-
-
-@jit()
-def to_half(xs):
-    """Round a tuple of float32 tensors to float16."""
-    out = ()
-    for i in tl.static_range(len(xs)):
-        out = out + (xs[i].to(tl.float16),)  # noqa: RUF005
-    return out
-
-
-@jit()
-def product(tiles, xs, BAND: tl.constexpr, KPW: tl.constexpr, MANY: tl.constexpr,
+def product(tiles, xs, zero, BAND: tl.constexpr, KPW: tl.constexpr, MANY: tl.constexpr,
             ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
-    """Accumulators of one band, [4 T]: band BAND of `tiles` times `xs` (float16)."""
+    """Accumulators of one band, [4 T]: band BAND of `tiles` times `xs`."""
     acc = tl.zeros([W * 128], tl.float32)
     for q in tl.static_range(KPW):
-        eight = ()
-        for step in tl.static_range(8):
-            eight = eight + (xs[8 * q + step],)  # noqa: RUF005
         acc = mma_tile(
             tiles[3 * (BAND * KPW + q)],
             tiles[3 * (BAND * KPW + q) + 1],
             tiles[3 * (BAND * KPW + q) + 2],
-            eight,
+            (xs[4 * q], xs[4 * q + 1], xs[4 * q + 2], xs[4 * q + 3]),
             acc,
+            zero,
             MANY,
             ASM,
             W,
@@ -114,53 +83,21 @@ def product(tiles, xs, BAND: tl.constexpr, KPW: tl.constexpr, MANY: tl.constexpr
 
 
 @jit()
-def result_row(c):
-    """Row within its band of element c of a [128] result."""
-    return c // 16 + (c // 2) % 2 * 8
+def inverse_rms(sums_ptr, e, eps, K: tl.constexpr, PB: tl.constexpr, M: tl.constexpr,
+                ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
+    """1 / (root mean square of h) for the token of each result column: [4 T], right in warp 0.
 
-
-@jit()
-def result_token(c):
-    """Token of element c of a [128] result."""
-    return (c // 4) % 4 * 2 + c % 2
-
-
-@jit()
-def store_rows(out_ptr, y, band, ld, tag, M: tl.constexpr, on, FLOW: tl.constexpr):
-    """Write a band's [128] result to out [M, ld], tagged if FLOW."""
-    c = tl.arange(0, 128)
-    token = result_token(c)
-    row = band * 16 + result_row(c)
-    tl.store(out_ptr + token * ld + row, tagged(y, tag, FLOW), mask=on & (token < M))
-
-
-@jit()
-def load_rows(h_ptr, band, ld, M: tl.constexpr, on):
-    """Read a band's rows of h [M, ld] in the order of a [128] result."""
-    c = tl.arange(0, 128)
-    token = result_token(c)
-    return tl.load(h_ptr + token * ld + band * 16 + result_row(c), mask=on & (token < M), other=0.0)
-
-
-@jit()
-def gated(y):
-    """SwiGLU (Shazeer 2020) of a [128] result whose rows r are gate and r + 8 up.
-
-    Returns [64]: element 8·r + 2·j + i is channel r of the band, token 2·j + i.
+    RMSNorm: Zhang and Sennrich 2019. Also a zero from `settle`, for which the loads before count.
     """
-    parts = tl.permute(tl.reshape(y, [32, 2, 2]), (0, 2, 1))
-    gate, up = tl.split(parts)
-    gate = tl.reshape(gate, [64])
-    return gate / (1.0 + tl.exp(-gate)) * tl.reshape(up, [64])
+    x = load_partials(sums_ptr, e, PB, M, W)
+    zero = settle(ASM)
+    return tl.rsqrt(sum_partials(x, M, ASM, W) / K + eps), zero
 
 
 @jit()
-def store_gated(act_ptr, a, band, ld, tag, M: tl.constexpr, on, FLOW: tl.constexpr):
-    """Write `gated`'s [64] to act [M, ld]."""
-    c = tl.arange(0, 64)
-    token = c % 8
-    tl.store(act_ptr + token * ld + band * 8 + c // 8, tagged(a, tag, FLOW),
-             mask=on & (token < M))  # fmt: skip
+def silu(gate):
+    """The SiLU function (Hendrycks and Gimpel 2016)."""
+    return gate / (1.0 + tl.exp(-gate))
 
 
 # Embedding and argmax
@@ -182,21 +119,180 @@ def embed_at(w_ptr, token, k, KT: tl.constexpr, ok):
 
 
 @jit()
-def candidate(value, index, tag):
-    """A sortable int64: the larger logit wins, of equals the smaller index; low byte is `tag`."""
+def candidate(value, index):
+    """A sortable int64: the larger logit wins, of equals the smaller index."""
     bits = value.to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    low = ((0xFFFFFF - index) << 8) | tag
+    low = 0xFFFFFF - index
     return (ordered.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
 
 
 @jit()
 def candidate_index(key):
     """The index inside a `candidate`."""
-    return 0xFFFFFF - ((key >> 8) & 0xFFFFFF).to(tl.int32)
+    return 0xFFFFFF - (key & 0xFFFFFF).to(tl.int32)
 
 
 # Attention
+
+
+@jit()
+def rotate(low, high, cos, sin):
+    """Rotary embedding (Su et al. 2021) of the two halves of a head."""
+    return low * cos - high * sin, high * cos + low * sin
+
+
+@jit()
+def head_norm(low, high, g_low, g_high, eps, D: tl.constexpr):
+    """RMSNorm over one head given as two halves; the channel is the last axis."""
+    last: tl.constexpr = len(low.shape) - 1
+    mean = (tl.sum(low * low, axis=last) + tl.sum(high * high, axis=last)) / D
+    inverse = tl.expand_dims(tl.rsqrt(mean + eps), last)
+    return low * inverse * g_low, high * inverse * g_high
+
+
+@jit()
+def load_rows(k_ptr, v_ptr, first, r, d2, limit, D: tl.constexpr, RL: tl.constexpr,
+              NR: tl.constexpr):  # fmt: skip
+    """Keys and values of NR times RL positions from `first` [1, QH, 1]: a tuple of 4 · NR float16
+    [RL, QH, D / 2]: key halves, value halves."""
+    rows = ()
+    for k in tl.static_range(NR):
+        at = first + k * RL + r
+        where = at * D + d2
+        ok = (at < limit) & (d2 >= 0)
+        rows = rows + (  # noqa: RUF005
+            tl.load(k_ptr + where, mask=ok, other=0.0),
+            tl.load(k_ptr + where + D // 2, mask=ok, other=0.0),
+            tl.load(v_ptr + where, mask=ok, other=0.0),
+            tl.load(v_ptr + where + D // 2, mask=ok, other=0.0),
+        )
+    return rows
+
+
+@jit()
+def attend_rows(rows, first, r, limit, q_low, q_high, top, weight, o_low, o_high,
+                RL: tl.constexpr, NR: tl.constexpr):  # fmt: skip
+    """Take `load_rows`' positions below `limit` into the running softmax (Milakov and
+    Gimelshein 2018).
+
+    top, weight [RL, QH] and o_low, o_high [RL, QH, D / 2] belong to one row of positions each.
+    """
+    scores = ()
+    new_top = top
+    for k in tl.static_range(NR):
+        s = tl.sum(rows[4 * k].to(tl.float32) * q_low + rows[4 * k + 1].to(tl.float32) * q_high,
+                   axis=2)  # fmt: skip
+        at = tl.sum(first + k * RL + r, axis=2)
+        s = tl.where(at < limit, s, -1.0e30)
+        new_top = tl.maximum(new_top, s)
+        scores = scores + (s,)  # noqa: RUF005
+    shrink = tl.exp2(top - new_top)
+    weight = weight * shrink
+    o_low = o_low * shrink[:, :, None]
+    o_high = o_high * shrink[:, :, None]
+    for k in tl.static_range(NR):
+        at = tl.sum(first + k * RL + r, axis=2)
+        p = tl.where(at < limit, tl.exp2(scores[k] - new_top), 0.0)
+        weight += p
+        o_low += p[:, :, None] * rows[4 * k + 2].to(tl.float32)
+        o_high += p[:, :, None] * rows[4 * k + 3].to(tl.float32)
+    return new_top, weight, o_low, o_high
+
+
+@jit()
+def attend_one(rows, gains, first, qkv_ptr, k_ptr, v_ptr, rope_ptr, att_ptr, lse_ptr, pos_ptr,
+               kv_head, split, limit, eps, H: tl.constexpr, HKV: tl.constexpr,
+               D: tl.constexpr, GP: tl.constexpr, QH: tl.constexpr, RL: tl.constexpr,
+               NR: tl.constexpr, S: tl.constexpr, QK_NORM: tl.constexpr,
+               ASM: tl.constexpr):  # fmt: skip
+    """Attention of one new token over one split of the positions, for one key-value head.
+
+    Row i of QH is query head i % GP of the group and part i // GP of the split's positions; each
+    counts as a split of its own in att and lse. rows: `load_rows` of the first positions; gains:
+    those of the query's and the key's norm, two halves each, if QK_NORM. Split 0 also takes in the
+    new position and writes its key and value.
+    """
+    half: tl.constexpr = D // 2
+    G: tl.constexpr = H // HKV
+    PARTS: tl.constexpr = QH // GP
+    # This order of the axes puts rows of positions into lanes and heads into warps.
+    r = tl.arange(0, RL)[:, None, None]
+    i = tl.arange(0, QH)[None, :, None]
+    d2 = tl.arange(0, half)[None, None, :]
+    head = kv_head * G + tl.minimum(i % GP, G - 1)
+    zero = r * 0 + i * 0
+
+    pos = tl.load(pos_ptr)
+    cos = tl.load(rope_ptr + d2 + zero)
+    sin = tl.load(rope_ptr + half + d2 + zero)
+    q_low = tl.load(qkv_ptr + head * D + d2 + zero)
+    q_high = tl.load(qkv_ptr + head * D + half + d2 + zero)
+    kp = qkv_ptr + (H + kv_head) * D + d2 + zero
+    n_low = tl.load(kp)
+    n_high = tl.load(kp + half)
+    v_low = tl.load(kp + HKV * D).to(tl.float16)
+    v_high = tl.load(kp + HKV * D + half).to(tl.float16)
+    zero_f = settle(ASM)
+    q_low += zero_f
+    q_high += zero_f
+    if QK_NORM:
+        q_low, q_high = head_norm(q_low, q_high, gains[0], gains[1], eps, D)
+    q_low, q_high = rotate(q_low, q_high, cos, sin)
+    scale = 1.4426950408889634 / tl.sqrt(tl.full([1, 1, 1], D, tl.float32))
+    q_low = q_low * scale
+    q_high = q_high * scale
+
+    top = tl.full([RL, QH], -1.0e30, tl.float32)
+    weight = tl.zeros([RL, QH], tl.float32)
+    o_low = tl.zeros([RL, QH, half], tl.float32)
+    o_high = tl.zeros([RL, QH, half], tl.float32)
+    if QK_NORM:
+        n_low, n_high = head_norm(n_low, n_high, gains[2], gains[3], eps, D)
+    n_low, n_high = rotate(n_low, n_high, cos, sin)
+    n_low = n_low.to(tl.float16)
+    n_high = n_high.to(tl.float16)
+    if split == 0:
+        once = (i == 0) & (r == 0) & (d2 >= 0)
+        tl.store(k_ptr + pos * D + d2 + zero, n_low, mask=once)
+        tl.store(k_ptr + pos * D + half + d2 + zero, n_high, mask=once)
+        tl.store(v_ptr + pos * D + d2 + zero, v_low, mask=once)
+        tl.store(v_ptr + pos * D + half + d2 + zero, v_high, mask=once)
+        s = tl.sum(n_low.to(tl.float32) * q_low + n_high.to(tl.float32) * q_high, axis=2)
+        mine = tl.sum(r + i // GP + d2 * 0, axis=2) == 0
+        top = tl.where(mine, s, top)
+        weight = tl.where(mine, 1.0, 0.0)
+        o_low = tl.where(mine[:, :, None], v_low.to(tl.float32), 0.0)
+        o_high = tl.where(mine[:, :, None], v_high.to(tl.float32), 0.0)
+
+    top, weight, o_low, o_high = attend_rows(rows, first, r, pos, q_low, q_high, top, weight,
+                                             o_low, o_high, RL, NR)  # fmt: skip
+    step: tl.constexpr = S * PARTS * NR * RL
+    tile = split * (PARTS * NR * RL) + step
+    while tile < pos:
+        first += step
+        rows = load_rows(k_ptr, v_ptr, first, r, d2, limit, D, RL, NR)
+        top, weight, o_low, o_high = attend_rows(rows, first, r, pos, q_low, q_high, top, weight,
+                                                 o_low, o_high, RL, NR)  # fmt: skip
+        tile += step
+
+    best = tl.max(top, axis=0)
+    shrink = tl.exp2(top - best[None, :])
+    total = tl.sum(weight * shrink, axis=0)
+    some = total > 0.0
+    inverse = tl.where(some, 1.0 / tl.where(some, total, 1.0), 0.0)
+    lse = tl.where(some, best + tl.log2(tl.where(some, total, 1.0)), -1.0e30)
+    # Results go back to three axes, of which one row is stored: no change of layout.
+    o_low = tl.sum(o_low * shrink[:, :, None], axis=0)[None, :, :] * inverse[None, :][:, :, None]
+    o_high = tl.sum(o_high * shrink[:, :, None], axis=0)[None, :, :] * inverse[None, :][:, :, None]
+    at = (split * PARTS + i // GP) * H + kv_head * G + i % GP
+    once = (i % GP < G) & (r == 0) & (d2 >= 0)
+    whole: tl.constexpr = [RL, QH, half]
+    tl.store(att_ptr + at * D + d2 + zero, tl.broadcast_to(o_low, whole).to(tl.float16), mask=once)
+    tl.store(att_ptr + at * D + half + d2 + zero, tl.broadcast_to(o_high, whole).to(tl.float16),
+             mask=once)  # fmt: skip
+    tl.store(lse_ptr + at * 4 + d2 + zero, tl.broadcast_to(lse[None, :][:, :, None], whole),
+             mask=once & (d2 < 4))  # fmt: skip
 
 
 @jit()
@@ -217,35 +313,33 @@ def load_kv(k_ptr, v_ptr, tile, limit, P: tl.constexpr, D: tl.constexpr):
 
 
 @jit()
-def rotate(low, high, cos, sin):
-    """Rotary embedding (Su et al. 2021) of the two halves of a head."""
-    return low * cos - high * sin, high * cos + low * sin
+def attend_tile(k_low, k_high, v, seen, q_low, q_high, top, weight, out):
+    """Take a tile of positions into the running softmax; seen [RP, P] says who sees what."""
+    scores = tl.dot(q_low, k_low) + tl.dot(q_high, k_high)
+    scores = tl.where(seen, scores, -1.0e30)
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    p = tl.where(seen, tl.exp2(scores - new_top[:, None]), 0.0)
+    shrink = tl.exp2(top - new_top)
+    weight = weight * shrink + tl.sum(p, axis=1)
+    out = out * shrink[:, None] + tl.dot(p.to(tl.float16), v)
+    return new_top, weight, out
 
 
 @jit()
-def head_norm(low, high, g_low, g_high, eps, D: tl.constexpr):
-    """RMSNorm over one head given as two halves; the channel is the last axis."""
-    last: tl.constexpr = len(low.shape) - 1
-    mean = (tl.sum(low * low, axis=last) + tl.sum(high * high, axis=last)) / D
-    inverse = tl.expand_dims(tl.rsqrt(mean + eps), last)
-    return low * inverse * g_low, high * inverse * g_high
-
-
-@jit()
-def attend(qkv_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, qn_ptr, kn_ptr, att_ptr, lse_ptr,
-           pos, kv_head, split, k_low, k_high, v, tag, eps,
-           M: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
-           GP: tl.constexpr, RP: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
-           QK_NORM: tl.constexpr, FLOW: tl.constexpr):  # fmt: skip
+def attend_many(k_low, k_high, v, qkv_ptr, k_ptr, v_ptr, rope_ptr, qn_ptr, kn_ptr, att_ptr,
+                lse_ptr, pos, kv_head, split, limit, eps, M: tl.constexpr, H: tl.constexpr,
+                HKV: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, RP: tl.constexpr,
+                P: tl.constexpr, S: tl.constexpr, QK_NORM: tl.constexpr):  # fmt: skip
     """Causal attention of M new tokens over one split of the positions, for one key-value head.
 
-    Split s owns the tiles s, s + S, ... of P positions each: it reads their cached keys and
-    values and adds the new tokens' where they fall into them. Query row m · GP + g is token m,
-    head g of the group. k_low, k_high, v: `load_kv` of tile `split`.
+    Split s owns the tiles s, s + S, ... of P positions each; split 0 also takes in the new
+    positions and writes their keys and values. Query row m · GP + g is token m, head g of the
+    group. k_low, k_high, v: `load_kv` of tile `split`.
     """
     half: tl.constexpr = D // 2
     G: tl.constexpr = H // HKV
     ldq: tl.constexpr = (H + 2 * HKV) * D
+    NEW: tl.constexpr = 16
     d2 = tl.arange(0, half)
     dd = tl.arange(0, D)
     rows = tl.arange(0, RP)
@@ -256,62 +350,50 @@ def attend(qkv_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, qn_ptr, kn_ptr, att_ptr, lse
 
     qp = qkv_ptr + m[:, None] * ldq + head[:, None] * D + d2[None, :]
     q_ok = row_ok[:, None] & (d2 >= 0)[None, :]
-    cos = tl.load(cos_ptr + (pos + m)[:, None] * half + d2[None, :], mask=q_ok, other=0.0)
-    sin = tl.load(sin_ptr + (pos + m)[:, None] * half + d2[None, :], mask=q_ok, other=0.0)
-    q_low = read_any(qp, q_ok, tag, FLOW)
-    q_high = read_any(qp + half, q_ok, tag, FLOW)
+    cos = tl.load(rope_ptr + m[:, None] * D + d2[None, :], mask=q_ok, other=0.0)
+    sin = tl.load(rope_ptr + m[:, None] * D + half + d2[None, :], mask=q_ok, other=0.0)
+    q_low = tl.load(qp, mask=q_ok, other=0.0)
+    q_high = tl.load(qp + half, mask=q_ok, other=0.0)
     if QK_NORM:
         q_low, q_high = head_norm(q_low, q_high, tl.load(qn_ptr + d2)[None, :],
                                   tl.load(qn_ptr + half + d2)[None, :], eps, D)  # fmt: skip
     q_low, q_high = rotate(q_low, q_high, cos, sin)
-    to_log2: tl.constexpr = 1.4426950408889634
-    scale = to_log2 / tl.sqrt(tl.full([1, 1], D, tl.float32))
+    scale = 1.4426950408889634 / tl.sqrt(tl.full([1, 1], D, tl.float32))
     q_low = (q_low * scale).to(tl.float16)
     q_high = (q_high * scale).to(tl.float16)
-
-    new = ()
-    for i in tl.static_range(M):
-        kp = qkv_ptr + i * ldq + (H + kv_head) * D
-        n_low = read_any(kp + d2, d2 >= 0, tag, FLOW)
-        n_high = read_any(kp + half + d2, d2 >= 0, tag, FLOW)
-        n_v = read_any(kp + HKV * D + dd, dd >= 0, tag, FLOW)
-        if QK_NORM:
-            n_low, n_high = head_norm(n_low, n_high, tl.load(kn_ptr + d2),
-                                      tl.load(kn_ptr + half + d2), eps, D)  # fmt: skip
-        n_low, n_high = rotate(n_low, n_high, tl.load(cos_ptr + (pos + i) * half + d2),
-                               tl.load(sin_ptr + (pos + i) * half + d2))  # fmt: skip
-        n_low = n_low.to(tl.float16)
-        n_high = n_high.to(tl.float16)
-        n_v = n_v.to(tl.float16)
-        mine = (pos + i) // P % S == split
-        new_at = (pos + i) * D
-        tl.store(k_ptr + new_at + d2, n_low, mask=mine & (d2 >= 0))
-        tl.store(k_ptr + new_at + half + d2, n_high, mask=mine & (d2 >= 0))
-        tl.store(v_ptr + new_at + dd, n_v, mask=mine & (dd >= 0))
-        new = new + (n_low, n_high, n_v)  # noqa: RUF005
 
     top = tl.full([RP], -1.0e30, tl.float32)
     weight = tl.zeros([RP], tl.float32)
     out = tl.zeros([RP, D], tl.float32)
-    num_tiles = (pos + M + P - 1) // P
+    if split == 0:
+        j = tl.arange(0, NEW)
+        j_ok = (j < M)[:, None]
+        np = qkv_ptr + j[:, None] * ldq + (H + kv_head) * D
+        n_low = tl.load(np + d2[None, :], mask=j_ok, other=0.0)
+        n_high = tl.load(np + half + d2[None, :], mask=j_ok, other=0.0)
+        n_v = tl.load(np + HKV * D + dd[None, :], mask=j_ok, other=0.0).to(tl.float16)
+        n_cos = tl.load(rope_ptr + j[:, None] * D + d2[None, :], mask=j_ok, other=0.0)
+        n_sin = tl.load(rope_ptr + j[:, None] * D + half + d2[None, :], mask=j_ok, other=0.0)
+        if QK_NORM:
+            n_low, n_high = head_norm(n_low, n_high, tl.load(kn_ptr + d2)[None, :],
+                                      tl.load(kn_ptr + half + d2)[None, :], eps, D)  # fmt: skip
+        n_low, n_high = rotate(n_low, n_high, n_cos, n_sin)
+        n_low = n_low.to(tl.float16)
+        n_high = n_high.to(tl.float16)
+        new_at = (pos + j)[:, None] * D
+        tl.store(k_ptr + new_at + d2[None, :], n_low, mask=j_ok)
+        tl.store(k_ptr + new_at + half + d2[None, :], n_high, mask=j_ok)
+        tl.store(v_ptr + new_at + dd[None, :], n_v, mask=j_ok)
+        seen = (j[None, :] <= m[:, None]) & row_ok[:, None]
+        top, weight, out = attend_tile(tl.trans(n_low), tl.trans(n_high), n_v, seen, q_low, q_high,
+                                       top, weight, out)  # fmt: skip
+
     tile = split
-    while tile < num_tiles:
+    while tile * P < pos:
         at = tile * P + tl.arange(0, P)
-        next_low, next_high, next_v = load_kv(k_ptr, v_ptr, tile + S, pos, P, D)
-        for i in tl.static_range(M):
-            here = at == pos + i
-            k_low = tl.where(here[None, :], new[3 * i][:, None], k_low)
-            k_high = tl.where(here[None, :], new[3 * i + 1][:, None], k_high)
-            v = tl.where(here[:, None], new[3 * i + 2][None, :], v)
-        scores = tl.dot(q_low, k_low) + tl.dot(q_high, k_high)
-        seen = (at[None, :] <= pos + m[:, None]) & row_ok[:, None]
-        scores = tl.where(seen, scores, -1.0e30)
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        p = tl.where(seen, tl.exp2(scores - new_top[:, None]), 0.0)
-        shrink = tl.exp2(top - new_top)
-        weight = weight * shrink + tl.sum(p, axis=1)
-        out = out * shrink[:, None] + tl.dot(p.to(tl.float16), v)
-        top = new_top
+        next_low, next_high, next_v = load_kv(k_ptr, v_ptr, tile + S, limit, P, D)
+        seen = (at < pos)[None, :] & row_ok[:, None]
+        top, weight, out = attend_tile(k_low, k_high, v, seen, q_low, q_high, top, weight, out)
         k_low, k_high, v = next_low, next_high, next_v
         tile += S
 
@@ -321,133 +403,63 @@ def attend(qkv_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, qn_ptr, kn_ptr, att_ptr, lse
     at_row = (split * M + m) * H + head
     four = tl.arange(0, 4)
     tl.store(lse_ptr + at_row[:, None] * 4 + four[None, :],
-             tagged(tl.broadcast_to(lse[:, None], [RP, 4]), tag, FLOW),
+             tl.broadcast_to(lse[:, None], [RP, 4]),
              mask=row_ok[:, None] & (four >= 0)[None, :])  # fmt: skip
-    tl.store(att_ptr + at_row[:, None] * D + dd[None, :], tagged(out, tag, FLOW),
+    tl.store(att_ptr + at_row[:, None] * D + dd[None, :], out.to(tl.float16),
              mask=row_ok[:, None] & (dd >= 0)[None, :])  # fmt: skip
 
 
-_BUTTERFLY = """
-{{
-.reg .f32 a, b;
-mov.f32 a, $4;
-{lines}
-mov.f32 $0, a; mov.f32 $1, a; mov.f32 $2, a; mov.f32 $3, a;
-}}
-"""
-
-
-def _butterfly(operation: str, tokens: int) -> str:
-    """PTX that combines a value over the columns of one token: lanes 4 · tokens, ..., 16 apart."""
-    lines = []
-    distance = 4 * tokens
-    while distance < 32:
-        lines.append(f"shfl.sync.bfly.b32 b, a, {distance}, 31, 0xffffffff; {operation} a, a, b;")
-        distance *= 2
-    return _BUTTERFLY.format(lines="\n".join(lines))
-
-
-if hasattr(tl, "dot"):
-    MAX_1 = tl.constexpr(_butterfly("max.f32", 1))
-    MAX_2 = tl.constexpr(_butterfly("max.f32", 2))
-    MAX_4 = tl.constexpr(_butterfly("max.f32", 4))
-    MAX_8 = tl.constexpr(_butterfly("max.f32", 8))
-    SUM_1 = tl.constexpr(_butterfly("add.f32", 1))
-    SUM_2 = tl.constexpr(_butterfly("add.f32", 2))
-    SUM_4 = tl.constexpr(_butterfly("add.f32", 4))
-    SUM_8 = tl.constexpr(_butterfly("add.f32", 8))
-    BUTTERFLY_CONSTRAINTS = tl.constexpr("=f,=f,=f,=f,f,f,f,f")
-
-
 @jit()
-def over_splits(x, MAX: tl.constexpr, MP: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr):
-    """Largest value or sum over the columns of each token, spread to all of them: [4 T]."""
-    if ASM:
-        if MAX:
-            code: tl.constexpr = (
-                MAX_1 if MP == 1 else MAX_2 if MP == 2 else MAX_4 if MP == 4 else MAX_8
-            )
-        else:
-            code: tl.constexpr = (
-                SUM_1 if MP == 1 else SUM_2 if MP == 2 else SUM_4 if MP == 4 else SUM_8
-            )
-        return tl.inline_asm_elementwise(
-            code, BUTTERFLY_CONSTRAINTS, [x], dtype=tl.float32, is_pure=True, pack=4
-        )
-    parts = tl.reshape(x, [W, 8 // MP, MP, 16])
-    if MAX:
-        best = tl.max(parts, axis=1)
-    else:
-        best = tl.sum(parts, axis=1)
-    return tl.reshape(tl.broadcast_to(best[:, None, :, :], [W, 8 // MP, MP, 16]), [W * 128])
+def load_attention(att_ptr, lse_ptr, e, KT: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
+                   H: tl.constexpr, D: tl.constexpr, S: tl.constexpr, ASM: tl.constexpr,
+                   W: tl.constexpr):  # fmt: skip
+    """The splits' outputs, weighted, as the B operand: a tuple of 4 · KPW int32 [4 T], and a
+    zero from `settle`.
 
-
-@jit()
-def read_attention(att_ptr, lse_ptr, anchor, tag, KT: tl.constexpr, M: tl.constexpr,
-                   MP: tl.constexpr, H: tl.constexpr, D: tl.constexpr, S: tl.constexpr, e,
-                   FLOW: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
-    """The splits' outputs, weighted, as the B operand: a tuple of 8 · KPW float16 [4 T].
-
-    Column n holds token n % MP and the splits n // MP, n // MP + 8 / MP, ... summed, so the
-    product's columns of one token must be added up (`sum_columns`).
+    att_ptr: int32 view of att. Column n holds token n % MP and the splits n // MP,
+    n // MP + 8 / MP, ... summed, so the product's columns of one token must be added up
+    (`sum_columns`).
     """
     per_set: tl.constexpr = 8 // MP
     num_sets: tl.constexpr = (S + per_set - 1) // per_set
     heads_per_tile: tl.constexpr = 128 // D
+    words: tl.constexpr = D // 32
     KPW: tl.constexpr = (KT + W - 1) // W
     n = column_of(e)
-    token = n % MP
-    xs = ()
+    token = tl.minimum(n % MP, M - 1)
+    logs = ()
+    values = ()
     for q in tl.static_range(KPW):
-        kt = e // 128 + q * W
+        kt = tl.minimum(e // 128 + q * W, KT - 1)
         for part in tl.static_range(heads_per_tile):
             head = kt * heads_per_tile + part
-            logs = ()
-            sums = ()
             for a in tl.static_range(num_sets):
                 split = a * per_set + n // MP
-                ok = (kt < KT) & (token < M) & (split < S)
-                at = (split * M + token) * H + head
-                lse = read_words(lse_ptr + at * 4 + e % 4, ok, anchor, tag, FLOW)
-                logs = logs + (tl.where(ok, lse, -1.0e30),)  # noqa: RUF005
-            for a in tl.static_range(num_sets):
-                split = a * per_set + n // MP
-                ok = (kt < KT) & (token < M) & (split < S)
-                at = (split * M + token) * H + head
-                for i in tl.static_range(D // 16):
-                    k = k_of(e, part * (D // 16) + i) - part * D
-                    value = read_words(att_ptr + at * D + k, ok, anchor, tag, FLOW)
-                    sums = sums + (value,)  # noqa: RUF005
-            top = logs[0]
+                at = (tl.minimum(split, S - 1) * M + token) * H + head
+                lse = tl.load(lse_ptr + at * 4 + e % 4)
+                logs = logs + (tl.where(split < S, lse, -1.0e30),)  # noqa: RUF005
+                for i in tl.static_range(words):
+                    value = tl.load(att_ptr + at * (D // 2) + i * 16 + e // 4 % 4 * 4 + e % 4)
+                    values = values + (value,)  # noqa: RUF005
+    zero = settle(ASM)
+    xs = ()
+    for part in tl.static_range(KPW * heads_per_tile):
+        top = logs[part * num_sets] + zero
+        for a in tl.static_range(1, num_sets):
+            top = tl.maximum(top, logs[part * num_sets + a])
+        top = add_lanes(top, True, MP, ASM, W)
+        weights = ()
+        total = tl.zeros_like(top)
+        for a in tl.static_range(num_sets):
+            weight = tl.exp2(logs[part * num_sets + a] - top)
+            total += weight
+            weights = weights + (weight,)  # noqa: RUF005
+        inverse = 1.0 / add_lanes(total, False, MP, ASM, W)
+        for i in tl.static_range(words):
+            x = values[part * num_sets * words + i]
+            x = add_weighted(x, weights[0] * inverse, x, True, ASM)
             for a in tl.static_range(1, num_sets):
-                top = tl.maximum(top, logs[a])
-            top = over_splits(top, True, MP, ASM, W)
-            weights = ()
-            total = tl.zeros_like(top)
-            for a in tl.static_range(num_sets):
-                weight = tl.exp2(logs[a] - top)
-                total += weight
-                weights = weights + (weight,)  # noqa: RUF005
-            inverse = 1.0 / over_splits(total, False, MP, ASM, W)
-            for i in tl.static_range(D // 16):
-                x = sums[i] * weights[0]
-                for a in tl.static_range(1, num_sets):
-                    x += sums[a * (D // 16) + i] * weights[a]
-                xs = xs + ((x * inverse).to(tl.float16),)  # noqa: RUF005
-    return xs
-
-
-@jit()
-def sum_columns(y, MP: tl.constexpr):
-    """Add up a [128] result's columns of each token; every column then holds its token's sum."""
-    if MP == 1:
-        parts = tl.reshape(y, [8, 4, 2, 2])
-        total = tl.sum(tl.sum(parts, axis=3), axis=1)
-        return tl.reshape(tl.broadcast_to(total[:, None, :, None], [8, 4, 2, 2]), [128])
-    if MP == 2:
-        total = tl.sum(tl.reshape(y, [8, 4, 4]), axis=1)
-        return tl.reshape(tl.broadcast_to(total[:, None, :], [8, 4, 4]), [128])
-    if MP == 4:
-        total = tl.sum(tl.reshape(y, [8, 2, 8]), axis=1)
-        return tl.reshape(tl.broadcast_to(total[:, None, :], [8, 2, 8]), [128])
-    return y
+                value = values[(part * num_sets + a) * words + i]
+                x = add_weighted(value, weights[a] * inverse, x, False, ASM)
+            xs = xs + (x,)  # noqa: RUF005
+    return xs, zero

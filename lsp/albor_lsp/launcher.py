@@ -19,7 +19,7 @@ from typing import IO, Final
 from albor_lsp.errors import LspError, ServerDownError
 from albor_lsp.http import Address, HttpClient, parse_address
 from albor_lsp.settings import Settings
-from albor_lsp.supervisor import run_files
+from albor_lsp.supervisor import is_free, run_files
 
 __all__ = ["Launcher", "run_folder", "server_program"]
 
@@ -104,14 +104,15 @@ class Launcher:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,
         )
+        while process.poll() is None:
+            await asyncio.sleep(POLL_S / 5)
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
             if _answers(files["socket"]):
                 self._num_failed = 0
                 return
-            if process.poll() not in (None, 0):
+            if is_free(files["server"]):
                 break
             await asyncio.sleep(POLL_S)
         self._num_failed += 1
@@ -151,10 +152,9 @@ def server_program(command: tuple[str, ...]) -> list[str]:
     if not command:
         raise ServerDownError("serverCommand is empty: it must name a program")
     name, *arguments = command
-    beside = Path(sys.executable).with_name(name)
     found = shutil.which(Path(name).expanduser())
-    if found is None and "/" not in name and os.access(beside, os.X_OK):
-        found = str(beside)
+    if found is None and "/" not in name:
+        found = shutil.which(name, path=str(Path(sys.executable).parent))
     if found is not None:
         return [found, *arguments]
     if name == "albor-serve" and importlib.util.find_spec("albor_serve") is not None:

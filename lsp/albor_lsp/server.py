@@ -52,6 +52,8 @@ class _Client:
     encoding: Encoding = "utf-16"
     has_inline: bool = False
     registers_inline: bool = False
+    has_markdown: bool = False
+    """Its menu shows Markdown beside an entry."""
     has_configuration: bool = False
     registers_configuration: bool = False
     folders: list[Path] = field(default_factory=list)
@@ -285,13 +287,11 @@ class LanguageServer:
     def _completion(self, params: dict[str, Any]) -> Coroutine[Any, Any, Any]:
         uri = str(params["textDocument"]["uri"])
         document = self._helper.document(uri)
-        context = params.get("context") or {}
         # Clients of this method ask by themselves with the same kind as when a person asks, so
         # that several suggestions, which cost more, are not made.
         asked = self._helper.complete(
             uri, _position(params["position"]), self._client.encoding, invoked=False
         )
-        del context
         return self._menu_items(asked, document)
 
     async def _menu_items(
@@ -309,16 +309,13 @@ class LanguageServer:
             label = first if len(first) <= LABEL_CHARS else first[: LABEL_CHARS - 1] + "…"
             items.append(
                 {
+                    "documentation": self._documentation(document, text),
                     "label": label,
                     "kind": 1,
                     "filterText": word,
                     "sortText": "\u0000",
                     "preselect": True,
                     "insertTextFormat": 1,
-                    "documentation": {
-                        "kind": "markdown",
-                        "value": f"```{document.language}\n{text}\n```",
-                    },
                     "textEdit": {
                         "range": self._range(document, start, suggestion.end),
                         "newText": text,
@@ -327,6 +324,11 @@ class LanguageServer:
                 }
             )
         return {"isIncomplete": True, "items": items}
+
+    def _documentation(self, document: Document, text: str) -> dict[str, str] | str:
+        if self._client.has_markdown:
+            return {"kind": "markdown", "value": f"```{document.language}\n{text}\n```"}
+        return text
 
     def _point(self, document: Document, value: dict[str, Any]) -> Point:
         return document.point(_position(value), self._client.encoding)
@@ -459,6 +461,7 @@ def _read_client(params: dict[str, Any]) -> _Client:
     workspace = capabilities.get("workspace") or {}
     offered = (capabilities.get("general") or {}).get("positionEncodings") or ["utf-16"]
     inline = documents.get("inlineCompletion")
+    item = (documents.get("completion") or {}).get("completionItem") or {}
     configuration = workspace.get("didChangeConfiguration") or {}
     folders = [each["uri"] for each in params.get("workspaceFolders") or []]
     if not folders and params.get("rootUri"):
@@ -466,6 +469,7 @@ def _read_client(params: dict[str, Any]) -> _Client:
     return _Client(
         encoding=next((each for each in offered if each in ENCODINGS), "utf-16"),
         has_inline=inline is not None,
+        has_markdown="markdown" in (item.get("documentationFormat") or ()),
         registers_inline=bool((inline or {}).get("dynamicRegistration")),
         has_configuration=bool(workspace.get("configuration")),
         registers_configuration=bool(configuration.get("dynamicRegistration")),

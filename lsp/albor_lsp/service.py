@@ -93,7 +93,7 @@ class Health:
     """Whether suggestions can be had now."""
 
     state: str
-    """connecting, starting, loading, ready, offline or refused."""
+    """connecting, starting, loading, ready, offline or error."""
     message: str = ""
     model: str = ""
     address: str = ""
@@ -244,7 +244,7 @@ class Service:
         if isinstance(error, ServerRefusedError):
             if error.status == 503:
                 return Health("loading", "the server is loading its model")
-            return Health("refused", str(error))
+            return Health("error", str(error))
         return Health("offline", str(error))
 
     def _tell(self, health: Health) -> None:

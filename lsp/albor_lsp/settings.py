@@ -67,7 +67,7 @@ class Settings:
     max_tokens: int = _setting(96, "Length of a suggestion in tokens, at most.", least=1, most=4096)
     multiline: bool = _setting(True, "Suggest several lines where a new statement or block begins.")
     min_confidence: float = _setting(
-        0.1,
+        0.3,
         "A suggestion ends before its first token that is less likely than this; 0 shows all.",
         least=0,
         most=1,

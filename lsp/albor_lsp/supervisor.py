@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-__all__ = ["is_unused", "main", "run_files"]
+__all__ = ["is_free", "main", "run_files"]
 
 POLL_S = 0.25
 GRACE_S = 3.0
@@ -35,11 +35,11 @@ def run_files(folder: Path, name: str) -> dict[str, Path]:
     }
 
 
-def is_unused(clients: Path) -> bool:
-    """Whether nobody holds the shared lock."""
+def is_free(path: Path) -> bool:
+    """Whether nobody holds the lock on a file."""
     import fcntl
 
-    with clients.open("a+") as file:
+    with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -48,7 +48,11 @@ def is_unused(clients: Path) -> bool:
 
 
 def main(arguments: list[str]) -> int:
-    """Run `FOLDER NAME COMMAND...` until nobody uses it; returns the exit code."""
+    """Run `FOLDER NAME COMMAND...` until nobody uses it.
+
+    Goes into the background and returns at once there; the lock on the file "server" is held as
+    long as it runs.
+    """
     import fcntl
 
     files = run_files(Path(arguments[0]), arguments[1])
@@ -57,6 +61,9 @@ def main(arguments: list[str]) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return 0  # another one runs the server already
+        if os.fork():
+            os._exit(0)  # the lock stays with the child
+        os.setsid()
         return _run([*arguments[2:], "--uds", str(files["socket"])], files)
 
 
@@ -85,7 +92,7 @@ def _run(command: list[str], files: dict[str, Path]) -> int:
     try:
         while child.poll() is None and not stopping:
             now = time.monotonic()
-            if not is_unused(files["clients"]):
+            if not is_free(files["clients"]):
                 unused_since = None
             elif unused_since is None:
                 unused_since = now

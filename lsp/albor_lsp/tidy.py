@@ -15,6 +15,8 @@ MAX_LOOK_CHARS: Final = 6144
 MAX_LOOP_LINES: Final = 4
 _OPENERS: Final = {"(": ")", "[": "]", "{": "}"}
 _CLOSERS: Final = frozenset(_OPENERS.values())
+_STUTTER: Final = re.compile(r"(?=[^\n]*\w{3})([^\n]{6,60}?)\1\1")
+"""Three times the same thing in one line: a small model that has lost its way."""
 _TOKENS: Final = re.compile(r"\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'|[()\[\]{}]")
 
 
@@ -57,6 +59,7 @@ def tidy(text: str, before: str, after: str, indent: Indent) -> str | None:
 def _trim(text: str, before: str, after: str) -> str:
     rest, _, below = after.partition("\n")
     text = _without_rest(text, rest)
+    text = _without_stutter(text)
     text = _without_loops(text, before)
     text = _without_following(text, before.rpartition("\n")[2], below)
     text = _balanced(text, before, after)
@@ -100,6 +103,14 @@ def _without_rest(text: str, rest: str) -> str:
         overlap = rest[:length]
         if _num_word_chars(overlap) >= MIN_WORD_CHARS and text.endswith(overlap):
             return text[:-length]
+    return text
+
+
+def _without_stutter(text: str) -> str:
+    """Cuts where the same six characters or more, with a word in them, come three times."""
+    for match in _STUTTER.finditer(text):
+        if _num_word_chars(match[1]) >= MIN_WORD_CHARS:
+            return text[: match.start()]
     return text
 
 

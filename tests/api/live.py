@@ -14,6 +14,7 @@ from albor_serve.api.app import AppSettings, create_app
 from albor_serve.api.completion import ServedModel
 from albor_serve.api.limits import MAX_HEADER_BYTES
 from albor_serve.api.protocol import GuardedH11
+from albor_serve.api.registry import ModelRegistry, single_model
 from albor_serve.api.server import bind
 from albor_serve.backends.base import Backend
 from albor_serve.config import EngineConfig
@@ -44,9 +45,15 @@ def load_tiny(folder: Path, num_slots: int = 4, max_seq_len: int = 256) -> Loade
 
 @contextlib.contextmanager
 def serving(served: ServedModel, settings: AppSettings | None = None) -> Iterator[Live]:
+    with serving_registry(single_model(served), settings) as url:
+        yield Live(url, served.engine, served)
+
+
+@contextlib.contextmanager
+def serving_registry(registry: ModelRegistry, settings: AppSettings | None = None) -> Iterator[str]:
     sock = bind("127.0.0.1", 0)
     config = uvicorn.Config(
-        create_app(served, settings),
+        create_app(registry, settings),
         log_level="error",
         lifespan="off",
         http=GuardedH11,
@@ -56,7 +63,7 @@ def serving(served: ServedModel, settings: AppSettings | None = None) -> Iterato
     thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
     thread.start()
     try:
-        yield Live(f"http://127.0.0.1:{sock.getsockname()[1]}", served.engine, served)
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(20)

@@ -51,6 +51,7 @@ def llama_vim(**changes: Any) -> dict[str, Any]:
         "cache_prompt": True,
         "t_max_prompt_ms": 500,
         "t_max_predict_ms": 250,
+        "model": "",  # sent even where none was chosen
         "response_fields": [
             "content",
             "timings/prompt_n",

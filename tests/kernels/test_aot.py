@@ -18,23 +18,35 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from albor_serve.kernels import phases
 from albor_serve.kernels.aot import check, compile_kernel
 
-_INTEGERS = {"w_ptr", "tokens_ptr", "pos_ptr"}
-_HALVES = {"k_ptr", "v_ptr"}
 _KERNELS: dict[str, dict[str, Any]] = {
-    "embed_kernel": {"KT": 8, "KB": 1024, "NK": 128, "FEEDBACK": True},
-    "qkv_kernel": {"N": 1536, "KT": 8},
-    "attention_kernel": {"H": 16, "HKV": 4, "D": 64, "GP": 4, "P": 64, "S": 8, "QK_NORM": True},
-    "output_kernel": {"N": 1024, "KT": 8, "H": 16, "D": 64, "S": 8},
-    "gate_up_kernel": {"F": 4096, "KT": 8, "NB": 4},
-    "feed_forward_kernel": {"N": 1024, "KT": 32},
-    "head_kernel": {"V": 32768, "KT": 8, "NB": 16, "STORE": False},
+    "embed_kernel": {"KT": 8, "KB": 1024, "NK": 256, "D": 64, "PB": 64, "PBP": 64,
+                     "FEEDBACK": True},
+    "qkv_kernel": {"N": 1536, "KT": 8, "PB": 64},
+    "attention_one_kernel": {"H": 16, "HKV": 4, "D": 64, "GP": 4, "QH": 4, "RL": 8, "NR": 4,
+                             "S": 16, "QK_NORM": True},
+    "attention_kernel": {"H": 16, "HKV": 4, "D": 64, "GP": 4, "P": 64, "S": 16, "QK_NORM": True},
+    "output_kernel": {"N": 1024, "KT": 8, "H": 16, "D": 64, "S": 16, "PB": 64},
+    "gate_up_kernel": {"F": 4096, "KT": 8, "NB": 2, "PB": 64},
+    "feed_forward_kernel": {"N": 1024, "KT": 32, "PB": 64},
+    "head_kernel": {"V": 32768, "KT": 8, "PB": 64, "STORE": False},
+}  # fmt: skip
+_INTEGERS = {"w_ptr", "tokens_ptr", "pos_ptr"}
+_HALVES = {"k_ptr", "v_ptr", "x_ptr", "att_ptr", "act_ptr"}
+_WORDS = {
+    ("embed_kernel", "out_ptr"),
+    ("qkv_kernel", "x_ptr"),
+    ("gate_up_kernel", "x_ptr"),
+    ("head_kernel", "x_ptr"),
+    ("output_kernel", "att_ptr"),
+    ("feed_forward_kernel", "act_ptr"),
 }
+"""Arguments that are read as int32."""
 
 
 def _type(kernel: str, name: str) -> str:
     if not name.endswith("_ptr"):
         return "fp32" if name == "eps" else "i32"
-    if name in _INTEGERS or (kernel, name) == ("embed_kernel", "out_ptr"):
+    if name in _INTEGERS or (kernel, name) in _WORDS:
         return "*i32"
     return "*i64" if name == "keys_ptr" else "*fp16" if name in _HALVES else "*fp32"
 
@@ -50,12 +62,9 @@ def _type(kernel: str, name: str) -> str:
     ],
 )
 @pytest.mark.parametrize("name", _KERNELS)
-def test_kernel_compiles_without_spills(
-    name: str, capability: int, num_tokens: int, request: pytest.FixtureRequest
-) -> None:
-    if name == "attention_kernel" and num_tokens == 8:
-        reason = "holds the keys and values of all 8 new tokens in registers, which spill"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_kernel_compiles_without_spills(name: str, capability: int, num_tokens: int) -> None:
+    if name == {1: "attention_kernel", 8: "attention_one_kernel"}[num_tokens]:
+        pytest.skip("not for this many tokens")
     kernel = getattr(phases, name)
     common = {
         "M": num_tokens,
@@ -64,16 +73,18 @@ def test_kernel_compiles_without_spills(
         "STREAM": True,
         "PDL": capability >= 90,
         "ASM": True,
-        "W": 8,
+        "W": 4 if name == "attention_one_kernel" else 8,
     }
     wanted = {n: v for n, v in common.items() if n in kernel.arg_names}
     constants = {**wanted, **_KERNELS[name]}
     signature = {n: _type(name, n) for n in kernel.arg_names if n not in constants}
-    options: dict[str, Any] = {"num_warps": 8, "num_stages": 1}
+    options: dict[str, Any] = {"num_warps": common["W"], "num_stages": 1}
     if capability >= 90:
         options["launch_pdl"] = True
     compiled = compile_kernel(kernel, signature, constants, capability=capability, options=options)
     assert check(compiled) == []
-    if name not in ("embed_kernel", "attention_kernel"):
-        assert compiled.count(r"LDG\.E[\w.]*\.128") >= 9, "weights and activations load narrowly"
+    if "attention" not in name and name != "embed_kernel":
+        assert compiled.count(r"LDG\.E[\w.]*\.128") >= 7, "weights and activations load narrowly"
         assert compiled.count("HMMA") >= 8
+        waits = compiled.count(r"BAR\.")
+        assert waits <= 4, f"{waits} barriers: something moves through shared memory needlessly"

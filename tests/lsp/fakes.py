@@ -166,6 +166,7 @@ class Editor:
         self.requests: list[dict[str, Any]] = []
         self.configuration: Any = None
         self.num_late = 0
+        self.patience_s = 20.0
         self._ids = count(1)
         self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._reading = asyncio.create_task(self._read())
@@ -185,7 +186,7 @@ class Editor:
         return number, answer
 
     async def ask_raw(self, method: str, params: Any = None) -> dict[str, Any]:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(self.patience_s):
             return await self.ask_later(method, params)[1]
 
     async def ask(self, method: str, params: Any = None) -> Any:

