@@ -1,6 +1,6 @@
 // Bundles the extension into dist/extension.js, or with --tests the unit tests into dist-test/.
 import { build } from "esbuild";
-import { copyFileSync, readdirSync, rmSync } from "node:fs";
+import { copyFileSync, readdirSync, rmSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 
@@ -26,16 +26,22 @@ if (tests) {
     });
 } else {
     rmSync(join(root, "dist"), { recursive: true, force: true });
-    await build({
+    const { metafile } = await build({
         ...common,
+        metafile: true,
         // In two files: the language client is loaded with the first document, not at start-up.
-        entryPoints: ["src/extension.ts", "src/client.ts"],
+        entryPoints: ["src/extension.ts", "src/run.ts"],
         outdir: "dist",
-        external: ["vscode", "./client"],
+        // "./run" stays a file of its own; no bundled module may ask for another "./run".
+        external: ["vscode", "./run"],
         // The editor gives the module "vscode" to require, not to import.
         supported: { "dynamic-import": false },
         minify: true,
         legalComments: "external",
     });
+    const meta = process.argv.find((argument) => argument.startsWith("--meta="));
+    if (meta !== undefined) {
+        writeFileSync(meta.slice("--meta=".length), JSON.stringify(metafile));
+    }
     copyFileSync(join(root, "..", "..", "LICENSE"), join(root, "LICENSE"));
 }

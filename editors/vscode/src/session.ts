@@ -5,7 +5,7 @@ import * as os from "node:os";
 import * as vscode from "vscode";
 
 import { Backoff } from "./backoff";
-import type { Run } from "./client";
+import type { Run } from "./run";
 import { find, type Machine } from "./find";
 import { programPath, SECTION } from "./settings";
 import type { Phase, ServerStatus } from "./view";
@@ -151,7 +151,7 @@ export class Session implements vscode.Disposable {
         this.#log.info(`starting ${found.program}`);
         this.server = undefined;
         this.#show("starting");
-        const { Run } = await import("./client");
+        const { Run } = await import("./run");
         const began = performance.now();
         let dead = false;
         const died = (): void => {
