@@ -162,6 +162,9 @@ class _Open:
     asked_at: int = -1
     """Number of changes when a person's cursor was last asked about."""
     num_changes: int = 0
+    query: _Query | None = None
+    query_state: tuple[object, ...] = ()
+    """What `query` was made from."""
     shown: str = ""
     recent: deque[str] = field(default_factory=lambda: deque(maxlen=2))
 
@@ -350,6 +353,22 @@ class Assistant:
         return True
 
     def _query(
+        self,
+        opened: _Open,
+        point: Point,
+        *,
+        invoked: bool = False,
+        selected: Selected | None = None,
+    ) -> _Query | None:
+        """The question at a point, made once for each text; None where none may be asked."""
+        generations = (self.service.generation, self._context.generation, self._settings)
+        state = (opened.num_changes, point, invoked, selected, *generations)
+        if opened.query_state != state:
+            opened.query = self._new_query(opened, point, invoked=invoked, selected=selected)
+            opened.query_state = state
+        return opened.query
+
+    def _new_query(
         self,
         opened: _Open,
         point: Point,

@@ -130,13 +130,14 @@ class ContextBuilder:
         if offset - start > settings.max_window_chars:
             start = -(-(offset - settings.max_window_chars) // ANCHOR_CHARS) * ANCHOR_CHARS
             start = min(start, offset)
-        last = -(-(line + settings.suffix_lines) // ANCHOR_LINES) * ANCHOR_LINES
+        # Counted from the end of the file: a line typed above must not move the suffix's end,
+        # because models that read the suffix first would have to read everything again.
+        num_after = text.count("\n", offset)
+        num_left = max(0, num_after - settings.suffix_lines) // ANCHOR_LINES * ANCHOR_LINES
         end = offset
-        for _ in range(last - line):
+        for _ in range(num_after - num_left):
             end = text.find("\n", end) + 1
-            if end == 0:
-                end = len(text)
-                break
+        end = end if num_left else len(text)
         end = min(end, offset + settings.max_window_chars)
         return Window(text[start:offset], text[offset:end], self._generation)
 

@@ -86,10 +86,11 @@ class FakeServer:
                 if not answering.done():
                     self.num_closed += 1
                     answering.cancel()
+                    watching.exception()
                     return
                 answering.result()
                 watching.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
+                with contextlib.suppress(asyncio.CancelledError, OSError):
                     await watching
         except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from albor_lsp.context import ContextBuilder
+from albor_lsp.context import ContextBuilder, ContextSettings
 from albor_lsp.ignore import IgnoreRules, holds_secret, is_secret_name
 from albor_lsp.ring import Ring
 from hypothesis import given
@@ -101,3 +101,18 @@ def test_the_disk_is_asked_once_a_second(tmp_path: Path) -> None:
     generation = context.generation
     assert context.chunks("main.py", "", 0) == ()
     assert context.generation == generation + 1
+
+
+def test_lines_typed_above_leave_the_suffix_as_it_is() -> None:
+    builder = ContextBuilder(None, ContextSettings(prefix_lines=8, suffix_lines=8))
+    text = "".join(f"line {n}\n" for n in range(400))
+    offset = text.index("line 100\n")
+    suffixes = set()
+    for _ in range(70):
+        text = text[:offset] + "new\n" + text[offset:]
+        offset += 4
+        window = builder.window(text, offset)
+        assert text.startswith(window.suffix, offset)
+        assert 8 <= window.suffix.count("\n") <= 8 + 64
+        suffixes.add(window.suffix)
+    assert len(suffixes) == 1
