@@ -214,7 +214,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "keys": len(times),
         "answered": len(shown),
         "p50_ms": round(statistics.median(shown), 1),
-        "p95_ms": round(shown[int(0.95 * (len(shown) - 1))], 1),
+        "p95_ms": round(shown[min(int(0.95 * len(shown)), len(shown) - 1)], 1),
         "p50_all_ms": _median_of_all(times, arguments.limit_ms),
         "limit_ms": arguments.limit_ms,
         "activation_ms": activation,
