@@ -19,7 +19,7 @@ LSP_HINT: Final = "install albor with its language server, or name one with --ls
 HELP = """\
 clients:
   albor        albor-lsp in front of albor-serve, in real time (it works ahead unseen)
-  llama-vim    llama-server /infill with llama.vim's algorithm
+  llama-vim    llama.vim's algorithm in front of llama-server
   llama-plain  llama-server behind a plain client, 350 ms debounce
   albor-plain  albor-serve behind the same plain client
   albor-eager  albor-serve asked at each key, newest request first, no language server

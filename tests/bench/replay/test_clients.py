@@ -210,20 +210,21 @@ def test_llama_vim_waits_for_the_request_in_flight_and_spares_long_tails(server:
     asyncio.run(run())
 
 
-def test_llama_vim_gives_open_files_as_context(server: Server) -> None:
+def test_llama_vim_warms_the_server_in_the_layout_that_the_model_knows(server: Server) -> None:
     server.answer = lambda body: (200, {"content": "", "timings": TIMINGS})
-    other = Source("demo", "1", "MIT", "other.py", "", "a = 1\n" * 100)
+
+    other = Source("demo", "1", "MIT", "other.py", "", "a = 1\n")
 
     async def run() -> None:
         async with Clock(skip_idle=True) as clock:
-            client = LlamaVimClient("vim", server.address, clock)
-            await client.open(state("x"), [other])
+            await LlamaVimClient("vim", server.address, clock).open(state("x"), [other])
 
     asyncio.run(run())
     [(path, body)] = server.bodies
-    assert path == "/infill"
+    assert path == "/completion"
     assert body["n_predict"] == 0
-    assert body["input_extra"] == [{"filename": "other.py", "text": "a = 1\n" * 64}]
+    assert body["prompt"].startswith("<|fim_prefix|><|fim_suffix|>")
+    assert body["prompt"].endswith("<|fim_middle|>x")
 
 
 LANGUAGE_SERVER = """

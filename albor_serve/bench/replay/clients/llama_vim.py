@@ -1,4 +1,10 @@
-"""The algorithm of llama.vim, written anew from its description, in front of /infill.
+"""The algorithm of llama.vim, written anew from its description, in front of llama-server.
+
+The plugin asks /infill, which writes prompts with the text before the cursor first. albor's models
+are trained with it last and answer three times worse that way, so that the peer would lose by the
+prompt and not by its algorithm: here the prompt is written out as the model knows it, for
+/completion, which caches alike. Pieces of other files are left out, as /infill does where the
+context is no longer than one batch.
 
 It asks at each key without waiting, never cancels, tries again 100 ms later while a request is
 in flight, keeps answers under the text they belong to (and under what is left of it after up to
@@ -20,9 +26,11 @@ from albor_serve.bench.replay.scenes import Source
 
 __all__ = ["LlamaVimClient"]
 
+PATH: Final = "/completion"
 LINES_BEFORE: Final = 256
 LINES_AFTER: Final = 64
-CHUNK_LINES: Final = 64
+CHARS_BEFORE: Final = 4000
+CHARS_AFTER: Final = 1300
 MAX_RIGHT_CHARS: Final = 8
 """It asks only where no more follows in the cursor's line."""
 MAX_NEW_TOKENS: Final = 128
@@ -47,21 +55,17 @@ class LlamaVimClient(Client):
         self._address = address
         self._clock = clock
         self._cache: OrderedDict[Key, str] = OrderedDict()
-        self._extra: list[dict[str, str]] = []
         self._state: EditorState | None = None
         self._is_busy = False
         self._retry: asyncio.Task[None] | None = None
 
     async def open(self, state: EditorState, others: Sequence[Source]) -> None:
-        """Take a chunk of each open file and warm the server with them."""
+        """Warm the server, as the plugin does when other files are open."""
         self._cache.clear()
         self._is_busy = False
         self._state = None
-        self._extra = [_chunk(source) for source in others]
-        if self._extra:
-            await post_json(
-                self._address, "/infill", self._body(state, FIRST_MS) | {"n_predict": 0}
-            )
+        if others:
+            await post_json(self._address, PATH, self._body(state, FIRST_MS) | {"n_predict": 0})
 
     def on_text(self, state: EditorState) -> None:
         """See `Client.on_text`."""
@@ -91,7 +95,7 @@ class LlamaVimClient(Client):
         self.work.num_requests += 1
         try:
             with self._clock.working():
-                value = await post_json(self._address, "/infill", self._body(state, limit_ms))
+                value = await post_json(self._address, PATH, self._body(state, limit_ms))
         finally:
             self._is_busy = False
         record = llama_record(value)
@@ -132,12 +136,9 @@ class LlamaVimClient(Client):
 
     def _body(self, state: EditorState, limit_ms: int) -> dict[str, Any]:
         before, after = _window(state)
-        prefix, newline, line = before.rpartition("\n")
+        line = before.rpartition("\n")[2]
         return {
-            "input_prefix": prefix + newline,
-            "input_suffix": after,
-            "input_extra": self._extra,
-            "prompt": line,
+            "prompt": f"<|fim_prefix|><|fim_suffix|>{after}<|fim_middle|>{before}",
             "n_predict": MAX_NEW_TOKENS,
             "n_indent": len(line) - len(line.lstrip()),
             "temperature": 0,
@@ -152,7 +153,10 @@ class LlamaVimClient(Client):
 def _window(state: EditorState) -> Key:
     before = "\n".join(state.before.split("\n")[-LINES_BEFORE - 1 :])
     after = "\n".join(state.after.split("\n")[: LINES_AFTER + 1])
-    return before, after
+    # /infill gives three quarters of a batch to the text before the cursor, a quarter to the rest.
+    if len(before) > CHARS_BEFORE:
+        before = before[-CHARS_BEFORE:].partition("\n")[2]
+    return before, after[:CHARS_AFTER]
 
 
 def _keys(state: EditorState) -> list[Key]:
@@ -178,8 +182,3 @@ def _tidy(text: str, state: EditorState) -> str:
         if at and line == next_line:
             return "\n".join(lines[:at])
     return "\n".join(lines)
-
-
-def _chunk(source: Source) -> dict[str, str]:
-    lines = source.text.split("\n")[:CHUNK_LINES]
-    return {"filename": source.path, "text": "\n".join(lines) + "\n"}
