@@ -158,7 +158,7 @@ def test_the_window_is_whole_lines() -> None:
 
 def test_llama_vim_answers_agreeing_keys_from_its_cache(server: Server) -> None:
     def answer(body: dict[str, Any]) -> tuple[int, Any]:
-        text = "alue = 1" if body["prompt"] == "v" else ""
+        text = "alue = 1" if body["prompt"].endswith(">v") else ""
         return 200, {"content": text, "timings": TIMINGS}
 
     server.answer = answer
@@ -172,7 +172,7 @@ def test_llama_vim_answers_agreeing_keys_from_its_cache(server: Server) -> None:
             await until(lambda: shown)
             # What would follow its acceptance is asked for, once.
             await until(lambda: len(server.bodies) == 2)
-            assert server.bodies[1][1]["prompt"] == "value = 1"
+            assert server.bodies[1][1]["prompt"].endswith(">value = 1")
             client.on_text(state("va", 2))
             assert shown[-1] == Ghost(2, "lue = 1")
             await asyncio.sleep(0.05)
@@ -204,7 +204,7 @@ def test_llama_vim_waits_for_the_request_in_flight_and_spares_long_tails(server:
             client.on_text(state("abcd", 4))
             release.set()
             await until(lambda: len(server.bodies) == 2)
-            assert server.bodies[1][1]["prompt"] == "abcd"
+            assert server.bodies[1][1]["prompt"].endswith(">abcd")
             await client.close_scene()
 
     asyncio.run(run())
