@@ -1,0 +1,87 @@
+"""editors/helix in a real Helix, with the real servers and model; Helix runs inside tmux."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.stack import CODE, editor, environment
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Helix:
+    """A Helix on a screen of its own."""
+
+    def __init__(self, program: str, home: Path, file: Path) -> None:
+        self._name = f"albor-{uuid.uuid4().hex[:8]}"
+        config = home / ".config" / "helix"
+        config.mkdir(parents=True)
+        shutil.copy(ROOT / "editors/helix/languages.toml", config)
+        self._env = environment(home)
+        self._tmux("new-session", "-d", "-x", "110", "-y", "24", "-c", str(file.parent), program,
+                   str(file))  # fmt: skip
+
+    def type(self, *keys: str) -> None:
+        for key in keys:
+            self._tmux("send-keys", key)
+            time.sleep(0.3)
+
+    def screen(self) -> str:
+        return self._tmux("capture-pane", "-p")
+
+    def wait_for(self, text: str, seconds: float = 30.0) -> None:
+        end = time.monotonic() + seconds
+        while text not in self.screen():
+            assert time.monotonic() < end, self.screen()
+            time.sleep(0.1)
+
+    def close(self) -> None:
+        subprocess.run(["tmux", "-L", self._name, "kill-server"], capture_output=True)
+
+    def _tmux(self, *arguments: str) -> str:
+        return subprocess.run(
+            ["tmux", "-L", self._name, *arguments],
+            env=self._env, capture_output=True, text=True, check=True, timeout=10,
+        ).stdout  # fmt: skip
+
+
+@pytest.fixture
+def helix(tmp_path: Path) -> Iterator[tuple[Helix, Path]]:
+    program = editor("hx", "ALBOR_HELIX")
+    if shutil.which("tmux") is None:
+        pytest.skip("tmux is not installed")
+    file = tmp_path / "project" / "stats.py"
+    file.parent.mkdir()
+    file.write_text(CODE)
+    running = Helix(program, tmp_path, file)
+    yield running, file
+    running.close()
+
+
+def test_the_menu_offers_the_suggestion_and_takes_it_over(helix: tuple[Helix, Path]) -> None:
+    running, file = helix
+    running.wait_for("def median")
+    running.type("6GA")
+    end = time.monotonic() + 40
+    while "sorted(values" not in running.screen():
+        # The first keys may come before the server is up.
+        assert time.monotonic() < end, running.screen()
+        running.type("so")
+        time.sleep(1.0)
+        if "sorted(values" not in running.screen():
+            running.type("BSpace", "BSpace")
+    running.type("Tab", "Enter", "Escape", ":wq", "Enter")
+    end = time.monotonic() + 10
+    while "ordered = sorted(values" not in file.read_text():
+        assert time.monotonic() < end, running.screen()
+        time.sleep(0.1)
+    assert file.read_text().startswith("def mean(values):")
