@@ -159,7 +159,7 @@ def test_a_client_that_never_reads_does_not_hold_up_the_end(process: Process) ->
         began = time.monotonic()
         process.process.send_signal(signal.SIGTERM)
         assert process.end() == (0, "")
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 8  # 2.5 s on an idle machine
 
 
 def test_two_servers_never_share_a_port() -> None:
