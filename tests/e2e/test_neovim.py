@@ -128,4 +128,4 @@ def test_tab_is_tab_where_nothing_is_shown(neovim: Neovim) -> None:
     neovim.type("3GA")
     assert not neovim.ghost()
     neovim.type("<Tab>")
-    until(lambda: neovim.line(3) == "\t")
+    until(lambda: neovim.line(3).isspace())  # as the file type has it: spaces or a tab
