@@ -159,7 +159,8 @@ def server_program(command: tuple[str, ...]) -> list[str]:
         return [found, *arguments]
     if name == "albor-serve" and importlib.util.find_spec("albor_serve") is not None:
         start = "import sys; from albor_serve.cli import main; sys.exit(main())"
-        return [sys.executable, "-c", start, *arguments]
+        # -P: the current folder is the opened project, whose modules must not be imported.
+        return [sys.executable, "-P", "-c", start, *arguments]
     raise ServerDownError(f"{name} is not installed: pip install albor, or set serverCommand")
 
 

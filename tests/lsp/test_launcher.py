@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Coroutine
@@ -172,3 +173,18 @@ def test_a_program_that_is_missing() -> None:
 def test_the_folder_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     assert run_folder().stat().st_mode & 0o777 == 0o700
+
+
+def test_the_opened_project_lends_the_server_no_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Editors start language servers in the project's folder.
+    monkeypatch.setattr("albor_lsp.launcher.shutil.which", lambda *_args, **_kwargs: None)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    (tmp_path / "numbers.py").write_text("open('ran', 'w').close(); raise SystemExit(3)")
+    program = server_program(("albor-serve",))
+    code = "import numbers, sys; print(numbers.__file__)"
+    program[program.index("-c") + 1] = code
+    result = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True)
+    assert not (tmp_path / "ran").exists()
+    assert result.returncode == 0, result.stderr
