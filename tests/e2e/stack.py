@@ -35,7 +35,7 @@ def environment(home: Path) -> dict[str, str]:
         pytest.skip(f"albor is not installed beside {sys.executable}: pip install -e .")
     kept = {key: value for key, value in os.environ.items() if not key.startswith("XDG_")}
     runtime = home / "run"
-    runtime.mkdir(mode=0o700)
+    runtime.mkdir(mode=0o700, exist_ok=True)
     return kept | {
         "HOME": str(home),
         "XDG_RUNTIME_DIR": str(runtime),
