@@ -2,89 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.e2e.stack import CODE, editor, environment
+from tests.e2e.neovim import Neovim, until
+from tests.e2e.stack import CODE, editor
 
 pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).resolve().parents[2]
-GHOST = """
-local texts = {}
-for name, id in pairs(vim.api.nvim_get_namespaces()) do
-  if name:find('inline_completion') then
-    for _, mark in ipairs(vim.api.nvim_buf_get_extmarks(0, id, 0, -1, {details = true})) do
-      for _, part in ipairs(mark[4].virt_text or {}) do texts[#texts + 1] = part[1] end
-    end
-  end
-end
-return table.concat(texts)
-"""
-
-
-class Neovim:
-    """A headless Neovim that is told what to type."""
-
-    def __init__(self, program: str, home: Path, file: Path) -> None:
-        self._program = program
-        self._socket = str(home / "nvim.sock")
-        [code] = re.findall(r"```lua\n(.*?)```", (ROOT / "docs/editors.md").read_text(), re.DOTALL)
-        config = home / "init.lua"
-        config.write_text(code)
-        command = [program, "--headless", "-u", str(config), "--listen", self._socket, str(file)]
-        self.process = subprocess.Popen(
-            command, env=environment(home), cwd=file.parent, stderr=subprocess.DEVNULL
-        )
-        until(lambda: os.path.exists(self._socket))
-
-    def type(self, keys: str) -> None:
-        self._remote("--remote-send", keys)
-
-    def lua(self, code: str) -> Any:
-        quoted = code.replace("'", "''")
-        wrapped = f"json_encode(luaeval('(function() {' '.join(quoted.split())} end)()'))"
-        return json.loads(self._remote("--remote-expr", wrapped))
-
-    def ghost(self) -> str:
-        return str(self.lua(GHOST))
-
-    def line(self, number: int) -> str:
-        return str(self.lua(f"return vim.fn.getline({number})"))
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.type("<C-\\><C-n>:qa!<CR>")
-            try:
-                self.process.wait(10)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-
-    def _remote(self, *arguments: str) -> str:
-        result = subprocess.run(
-            [self._program, "--headless", "--server", self._socket, *arguments],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        )
-        return result.stdout or result.stderr
-
-
-def until(true: Callable[[], object], seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -96,7 +27,8 @@ def neovim(tmp_path: Path) -> Iterator[Neovim]:
     file = tmp_path / "project" / "stats.py"
     file.parent.mkdir()
     file.write_text(CODE)
-    running = Neovim(program, tmp_path, file)
+    [code] = re.findall(r"```lua\n(.*?)```", (ROOT / "docs/editors.md").read_text(), re.DOTALL)
+    running = Neovim(program, tmp_path, file, code)
     yield running
     running.close()
 
