@@ -149,7 +149,7 @@ def test_other_suggestions_come_by_key(open_window: Open) -> None:
         ("vim.keymap.set('i', '<Tab>', 'plain')", "plain"),
         ("vim.keymap.set('i', '<Tab>', function() return 'call' end, {expr = true})", "call"),
         (
-            "vim.cmd('inoremap <Plug>(x) plug | imap <Tab> <Plug>(x)')",
+            "vim.cmd('inoremap <Plug>(x) plug| imap <Tab> <Plug>(x)')",
             "plug",
         ),
     ],
