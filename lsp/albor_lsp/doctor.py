@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -235,13 +236,23 @@ def _attempt() -> Finding:
     assert process.stdin is not None
     assert process.stdout is not None
     talk = _Talk(process.stdin, process.stdout)
+    is_late = threading.Event()
+
+    def give_up() -> None:
+        is_late.set()
+        process.kill()  # what reads from it then comes to an end
+
+    timer = threading.Timer(TRY_S, give_up)
+    timer.start()
     try:
-        return asyncio.run(asyncio.wait_for(asyncio.to_thread(talk.suggestion), TRY_S))
-    except TimeoutError:
-        return Finding("bad", f"a suggestion: none within {TRY_S:.0f} s", "see albor-lsp's log")
+        return talk.suggestion()
     except (OSError, ValueError) as error:
+        if is_late.is_set():
+            late = f"a suggestion: none within {TRY_S:g} s"
+            return Finding("bad", late, "run albor-lsp --log-level debug in the editor")
         return Finding("bad", f"a suggestion: the language server ended: {error}", "run albor-lsp")
     finally:
+        timer.cancel()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(END_S if talk.is_over else 0)
         process.kill()

@@ -108,11 +108,14 @@ def plan(
                 f"VS Code: run `make vsix` in albor's sources, then "
                 f"`{Path(editor.program).name} --install-extension albor.vsix`"
             )
-    written = {each.path for each in _read_list(_list_path(environment))}
+    digests = {each.path: each.digest for each in _read_list(_list_path(environment))}
     for change in changes:
         path = Path(change.path)
-        is_foreign = path.exists() and not change.is_block and change.path not in written
-        if is_foreign and _read(path) != change.text:
+        if change.is_block or not path.exists():
+            continue
+        there = _read(path)
+        # Written by an older albor and not touched since: it may be replaced.
+        if there != change.text and _digest(there) != digests.get(change.path):
             by_hand.append(f"{change.editor}: {path} is there and not albor's: move it away")
     blocked = {line.split(" is there")[0].partition(": ")[2] for line in by_hand}
     todo = [each for each in changes if each.path not in blocked and not _is_done(each)]
@@ -229,10 +232,22 @@ def _helix(environment: Mapping[str, str]) -> tuple[list[Change], list[str]]:
         values = tomllib.loads(there)
     except tomllib.TOMLDecodeError as error:
         return [], [f"Helix: {path} is not valid TOML ({error}): mend it first"]
-    languages = {each.get("name") for each in values.get("language", [])}
-    if "albor" in values.get("language-server", {}):
+    try:
+        # Tables written in one line can't be added to below them, and some keys hold no table.
+        tomllib.loads(f"{there}\n{block}")
+        can_add = True
+    except tomllib.TOMLDecodeError:
+        can_add = False
+    servers, languages = values.get("language-server"), values.get("language")
+    if isinstance(servers, dict) and "albor" in servers:
         return [], []
-    if "python" in languages:
+    if not can_add:
+        line = (
+            f"Helix: albor's lines can't be added at the end of {path}, which has language or "
+            "language-server in one line: put in there what editors/helix/languages.toml has"
+        )
+        return [], [line]
+    if any(each.get("name") == "python" for each in languages or []):
         line = (
             f'Helix: {path} has Python\'s list of language servers: add "albor" at its end and '
             'the lines [language-server.albor], command = "albor-lsp"'

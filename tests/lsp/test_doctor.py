@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -148,3 +150,18 @@ def test_an_attempt_without_a_server_says_why(monkeypatch: pytest.MonkeyPatch) -
     assert finding.verdict == "bad"
     assert finding.what == "a suggestion: offline"
     assert "127.0.0.1:9" in finding.remedy
+
+
+def test_a_language_server_that_never_answers_does_not_hold_up_the_doctor(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent = machine.parent / "bin" / "silent"
+    silent.write_text("#!/bin/sh\nexec /bin/sleep 20\n")
+    silent.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(silent))
+    monkeypatch.setattr(doctor, "TRY_S", 0.5)
+    start = time.perf_counter()
+    *_, finding = examine()
+    assert time.perf_counter() - start < 10
+    assert finding.verdict == "bad"
+    assert finding.what == "a suggestion: none within 0.5 s"

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,9 +113,13 @@ def test_what_a_person_changed_stays(tmp_path: Path) -> None:
 
 
 def test_a_newer_version_replaces_what_an_older_one_wrote(tmp_path: Path) -> None:
-    apply(plan([NEOVIM], variables(tmp_path))[0], variables(tmp_path))
+    changes, _ = plan([NEOVIM], variables(tmp_path))
+    old = [
+        replace(each, text="-- as it was before\n") if "plugin/albor.lua" in each.path else each
+        for each in changes
+    ]
+    apply(old, variables(tmp_path))
     [lua] = tmp_path.rglob("plugin/albor.lua")
-    lua.write_text("-- as it was before\n")
     [change], by_hand = plan([NEOVIM], variables(tmp_path))
     assert not by_hand
     apply([change], variables(tmp_path))
@@ -123,10 +128,23 @@ def test_a_newer_version_replaces_what_an_older_one_wrote(tmp_path: Path) -> Non
     assert not tree(tmp_path)
 
 
+def test_a_second_setup_does_not_overwrite_what_a_person_changed(tmp_path: Path) -> None:
+    apply(plan([NEOVIM], variables(tmp_path))[0], variables(tmp_path))
+    [lua] = tmp_path.rglob("plugin/albor.lua")
+    lua.write_text("-- mine\n")
+    changes, [line] = plan([NEOVIM], variables(tmp_path))
+    assert str(lua) in line
+    apply(changes, variables(tmp_path))
+    assert lua.read_text() == "-- mine\n"
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         ('[[language]]\nname = "python"\n', "Python's list"),
+        ('language-server = { pylsp = { command = "pylsp" } }\n', "can't be added at the end"),
+        ('language = [ { name = "rust" } ]\n', "can't be added at the end"),
+        ("language = 3\n", "can't be added at the end"),
         ("not toml", "not valid TOML"),
         ("x = 1", "does not end with a line break"),
     ],
