@@ -142,6 +142,8 @@ class _Sequence:
     num_tokens: int = 0
     """Prompt and sampled tokens in slot.tokens; those beyond slot.cached_len are not computed."""
     is_decoding: bool = False
+    may_adopt: bool = True
+    """Whether what other slots have computed may be copied into its own."""
     has_line_end: bool = False
     """Whether the text so far has one."""
     forced: ForcedBytes | None = None
@@ -535,6 +537,8 @@ class Engine:
     def _prefill(self, sequence: _Sequence, *, is_alone: bool) -> None:
         """Compute one chunk of a prompt; at its end sample the first token."""
         slot, request = sequence.held_slot, sequence.request
+        if not self._adopt(sequence):
+            return
         begin = slot.cached_len
         end = min(sequence.num_tokens, begin + self._chunk_len(sequence, is_alone=is_alone))
         is_last = end == sequence.num_tokens
@@ -564,6 +568,31 @@ class Engine:
             return
         sequence.is_decoding = True
         self._take_rows(sequence, logits[0][-1:], ())
+
+    def _adopt(self, sequence: _Sequence) -> bool:
+        """Copy what another slot has of this prompt by now; False if that failed the request.
+
+        Several requests for the same new text then cost one reading of it.
+        """
+        if sequence.request.prompt_logprobs or not sequence.may_adopt:
+            return True
+        slot = sequence.held_slot
+        max_reuse = sequence.num_tokens - (sequence.request.max_new_tokens > 0)
+        source, reuse_len = self._slots.longest(slot.tokens[:max_reuse])
+        gain = reuse_len - slot.cached_len
+        if source is slot or gain < SlotTable.MIN_FORK_GAIN:
+            return True
+        try:
+            self._backend.fork(source.index, slot.index, reuse_len)
+        except BackendError as error:
+            self._on_backend_error([sequence], error)
+            return False
+        had_len, slot.cached_len = slot.cached_len, self._backend.length(slot.index)
+        # Some caches can't be shared in part: once is enough to know.
+        sequence.may_adopt = slot.cached_len == reuse_len
+        timings = sequence.timings
+        timings.num_cached_tokens = max(0, timings.num_cached_tokens + slot.cached_len - had_len)
+        return True
 
     def _chunk_len(self, sequence: _Sequence, *, is_alone: bool) -> int:
         """Prompt tokens to compute in the next step."""

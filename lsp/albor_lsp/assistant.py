@@ -550,8 +550,6 @@ class Assistant:
             self._debounce.observe(now_ms() - started, is_busy)
             if text.strip():
                 query.opened.recent.append(text)
-            if answer.is_cut:
-                self._warm(query.opened)
         except LspError as error:
             flight.error = error
         finally:
