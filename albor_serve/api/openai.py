@@ -140,6 +140,8 @@ def completion_spec(body: CompletionBody) -> CompletionSpec:
         max_new_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
         sampling=sampling,
         fim_suffix=body.suffix,
+        # Tabby's clients send whole files.
+        fits_window=body.segments is not None,
         num_candidates=body.num_candidates,
         stop=body.stops(),
         ignore_eos=bool(body.ignore_eos),
