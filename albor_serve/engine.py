@@ -837,7 +837,9 @@ class Engine:
             cancel_s = now - sequence.cancelled_s if sequence.cancelled_s else 0.0
             self._metrics.observe(reason, timings, num_computed, cancel_s)
             totals = self._totals
-            totals.num_prompt_tokens += timings.num_prompt_tokens
+            # Of a cancelled one, only what was read.
+            num_read = timings.num_cached_tokens + num_computed
+            totals.num_prompt_tokens += min(timings.num_prompt_tokens, num_read)
             totals.num_cached_tokens += timings.num_cached_tokens
             totals.num_new_tokens += timings.num_new_tokens
             totals.num_draft_tokens += timings.num_draft_tokens

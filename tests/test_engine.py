@@ -683,3 +683,15 @@ def test_storm_of_requests_cancels_and_supersedes(start: Start) -> None:
     assert stats.num_finished + stats.num_cancelled == stats.num_requests == 240
     for slot, cache in zip(stats.slots, backend.caches, strict=True):
         assert slot.num_cached_tokens == len(cache)
+
+
+def test_of_a_cancelled_prompt_only_what_was_read_counts(start: Start) -> None:
+    engine, backend = start(num_slots=1, max_seq_len=1024, ms_per_token=1.0)
+    reply, ticket = submit(engine, tuple(range(200)) * 4, 1)
+    until(lambda: len(backend.caches[0]) > 5)
+    ticket.cancel()
+    reply.wait()
+    until(lambda: idle(engine))
+    assert engine.stats().num_prompt_tokens == len(backend.caches[0]) < 800
+    ask(engine, tuple(range(200)) * 4, 1)
+    assert engine.stats().num_prompt_tokens - engine.stats().num_cached_tokens == 800

@@ -127,7 +127,8 @@ class AlborOptions(Body):
     )
     """Pieces of other files, most stable first. Needs suffix."""
     min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """The answer ends before its first token that is less likely than this."""
+    """The answer ends before its first token that is less likely than this; unless given, the
+    server's --min-confidence where a suffix asks for fill-in-the-middle."""
     first_token_budget_ms: Annotated[float, Field(gt=0, le=3_600_000)] | None = None
     """The prompt is cut so that computing it takes about this long at most; needs suffix."""
     drafts: Annotated[

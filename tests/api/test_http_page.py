@@ -65,7 +65,7 @@ def test_every_endpoint_is_there() -> None:
 @pytest.mark.parametrize("command", EXAMPLES, ids=range(len(EXAMPLES)))
 def test_an_example_works(live: Live, command: str) -> None:
     words = shlex.split(command.replace(SERVER, live.url))
-    done = subprocess.run(  # noqa: S603
+    done = subprocess.run(
         [*words, "--silent", "--show-error", "--fail-with-body", "--max-time", "30"],
         capture_output=True,
         text=True,
