@@ -149,6 +149,7 @@ class _Sequence:
     forced: ForcedBytes | None = None
     is_unsure: bool = False
     """Whether the next token was too unlikely to be shown."""
+    end_token: TokenInfo | None = None
     prompt_infos: list[TokenInfo] = field(default_factory=list)
 
     @property
@@ -747,6 +748,7 @@ class Engine:
         sequence.num_tokens += 1
         if self._is_end_token(sequence, token_id):
             sequence.timings.num_new_tokens += 1
+            sequence.end_token = TokenInfo(token_id, b"", sampled.logprob, sampled.top_logprobs)
             return ""
         piece = self._tokenizer.token_bytes(token_id)
         if sequence.forced is not None:
@@ -853,6 +855,7 @@ class Engine:
                 tuple(sequence.prompt_infos),
                 sequence.text.stopped_by if sequence.stopped_by == "stop" else None,
                 sequence.stopped_by,
+                sequence.end_token,
             ),
         )
 

@@ -341,6 +341,8 @@ class Answer:
     """The stop string, if one ended it."""
     timings: Timings | None = None
     prompt_tokens: tuple[TokenInfo, ...] = ()
+    end_token: TokenInfo | None = None
+    """The token that ended it, such as end-of-text; it stands for no text."""
 
     @property
     def mean_logprob(self) -> float:
@@ -454,6 +456,7 @@ class Completion:
                     answer.stop_string = event.stop_string
                     answer.timings = event.timings
                     answer.prompt_tokens = event.prompt_tokens
+                    answer.end_token = event.end_token
                     texts.setdefault(index, [])
                 case Failed():
                     self._num_open -= 1
