@@ -30,6 +30,7 @@ from albor_serve.errors import (
 from albor_serve.fim import FimTemplate, detect_template
 from albor_serve.kernels.cpu_decode import best_instruction_set
 from albor_serve.tokenizer import Tokenizer
+from albor_serve.trial import try_in_child
 
 __all__ = [
     "EMBEDDED_MODEL",
@@ -226,6 +227,7 @@ def load_model(
     path, folder = _resolve(source, report)
     header = open_gguf_header(path)
     check_for_native(header)
+    try_in_child(GgufCheckpoint(header), report)
     config = _engine_config(header, options)
     _check_memory(header, config)
     opened = open_backend(
