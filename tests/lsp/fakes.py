@@ -247,7 +247,7 @@ class Editor:
 async def editor(
     folder: Path, server_url: str = "", *arguments: str, **variables: str
 ) -> AsyncIterator[Editor]:
-    """A started albor-lsp with homes of its own; killed at the end if it still runs."""
+    """A started albor-lsp with homes of its own; at last its input ends, or it is killed."""
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith(("ALBOR", "XDG"))
     }
@@ -274,8 +274,13 @@ async def editor(
         yield talking
     finally:
         if process.returncode is None:
-            process.kill()
-            await process.wait()
+            assert process.stdin is not None
+            process.stdin.close()  # as when an editor crashes
+            try:
+                await asyncio.wait_for(process.wait(), 5)
+            except TimeoutError:
+                process.kill()
+                await process.wait()
         await talking._reading
 
 
