@@ -227,11 +227,12 @@ def load_model(
     path, folder = _resolve(source, report)
     header = open_gguf_header(path)
     check_for_native(header)
-    try_in_child(GgufCheckpoint(header), report)
     config = _engine_config(header, options)
     _check_memory(header, config)
+    checkpoint = GgufCheckpoint(header)
+    try_in_child(checkpoint, report)
     opened = open_backend(
-        GgufCheckpoint(header),
+        checkpoint,
         config.num_slots,
         config.max_seq_len,
         choice=options.backend,
