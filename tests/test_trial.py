@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from albor_serve.checkpoint.gguf import GgufCheckpoint
 from albor_serve.convert import cache_folder
 from albor_serve.errors import BackendError, CheckpointError, CheckpointFormatError
 from albor_serve.loader import LoadOptions, load_model
+from tests.fixtures_foreign import FOREIGN, save_smollm3
 from tests.fixtures_tiny import save_gguf, tiny_model
 
 ONE = LoadOptions(num_slots=1, num_threads=1, max_seq_len=64)
@@ -59,22 +61,7 @@ def children(monkeypatch: pytest.MonkeyPatch) -> Children:
 
 
 def foreign(folder: Path, arch: str = "smollm3", **changes: int) -> Path:
-    """A tiny Llama model that says it is something else."""
-    config, weights = tiny_model("llama")
-    values: dict[str, Any] = {
-        "general.architecture": arch,
-        f"{arch}.context_length": 128,
-        f"{arch}.embedding_length": config.hidden_size,
-        f"{arch}.block_count": config.num_layers,
-        f"{arch}.feed_forward_length": config.intermediate_size,
-        f"{arch}.attention.head_count": config.num_heads,
-        f"{arch}.attention.head_count_kv": config.num_kv_heads,
-        f"{arch}.attention.layer_norm_rms_epsilon": 1e-5,
-        f"{arch}.rope.dimension_count": config.head_dim,
-        f"{arch}.vocab_size": config.vocab_size,
-    }
-    values |= {f"{arch}.{key.replace('__', '.')}": value for key, value in changes.items()}
-    return save_gguf(folder / "model.gguf", config, weights, metadata=values)
+    return save_smollm3(folder / "model.gguf", arch, **changes)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +91,14 @@ def test_a_sound_file_is_tried_once(tmp_path: Path, children: Children) -> None:
     os.utime(path, ns=(1, 1))
     load_model(path, ONE).engine.close()
     assert len(children) == 2
+
+
+@pytest.mark.parametrize("save", FOREIGN)
+def test_every_kind_of_model_runs_in_a_child_first(
+    tmp_path: Path, children: Children, save: Callable[[Path], Path]
+) -> None:
+    attempt(save(tmp_path / "model.gguf"))
+    assert len(children) == 1
 
 
 def test_files_that_albor_checks_itself_need_no_child(tmp_path: Path, children: Children) -> None:
