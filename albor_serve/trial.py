@@ -32,7 +32,6 @@ from albor_serve.errors import (
     BackendError,
     CheckpointError,
     CheckpointFormatError,
-    UnsupportedModelError,
 )
 
 __all__ = ["try_in_child"]
@@ -56,16 +55,14 @@ Report = Callable[[str, float], None]
 def try_in_child(checkpoint: GgufCheckpoint, report: Report) -> None:
     """Make sure that loading a file does not end this process.
 
-    Returns at once for files that albor's own checks vouch for and for those that passed before.
-    `report` is called some times a second meanwhile; what it raises ends the child.
+    Returns at once for those that passed before. Files that albor's own checks vouch for
+    (checkpoint/preflight.py) need none of this. `report` is called some times a second meanwhile; what it raises ends the child.
 
     Raises:
         CheckpointFormatError: the child crashed on it or hung.
         BackendError: the child could not be run.
         What loading it raises.
     """
-    if _is_vouched_for(checkpoint):
-        return
     try:
         parts = [(path, path.stat()) for path in _parts(checkpoint)]
     except OSError as error:
@@ -78,14 +75,6 @@ def try_in_child(checkpoint: GgufCheckpoint, report: Report) -> None:
         return
     _run_child(checkpoint.path, sum(status.st_size for _, status in parts), report)
     known.add(key)
-
-
-def _is_vouched_for(checkpoint: GgufCheckpoint) -> bool:
-    try:
-        _ = checkpoint.config
-    except UnsupportedModelError:
-        return False
-    return True
 
 
 def _parts(checkpoint: GgufCheckpoint) -> list[Path]:

@@ -12,7 +12,7 @@ from albor_serve.checkpoint.gguf import GgufCheckpoint
 from albor_serve.checkpoint.gguf_header import GgufHeader
 from albor_serve.errors import CheckpointFormatError, UnsupportedModelError
 
-__all__ = ["check_for_native"]
+__all__ = ["check_for_native", "is_wholly_checked"]
 
 _MAX_LAYERS: Final = 512
 _ROPE_SCALINGS: Final = ("none", "linear", "yarn", "longrope")
@@ -57,6 +57,21 @@ def check_for_native(header: GgufHeader) -> None:
             _ = GgufCheckpoint(header).config
         except UnsupportedModelError:
             return  # llama.cpp runs more than albor's own engine does
+
+
+def is_wholly_checked(checkpoint: GgufCheckpoint) -> bool:
+    """Whether every tensor and size of a file was checked, beyond what `check_for_native` does.
+
+    Other files may still end the process that loads them with llama.cpp.
+
+    Raises:
+        CheckpointFormatError: the file is damaged.
+    """
+    try:
+        _ = checkpoint.config
+    except UnsupportedModelError:
+        return False
+    return True
 
 
 def _check_tokens(header: GgufHeader) -> None:
