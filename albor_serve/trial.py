@@ -56,7 +56,8 @@ def try_in_child(checkpoint: GgufCheckpoint, report: Report) -> None:
     """Make sure that loading a file does not end this process.
 
     Returns at once for those that passed before. Files that albor's own checks vouch for
-    (checkpoint/preflight.py) need none of this. `report` is called some times a second meanwhile; what it raises ends the child.
+    (checkpoint/preflight.py) need none of this. `report` is called some times a second meanwhile;
+    what it raises ends the child.
 
     Raises:
         CheckpointFormatError: the child crashed on it or hung.

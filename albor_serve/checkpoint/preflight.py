@@ -16,6 +16,8 @@ __all__ = ["check_for_native", "is_wholly_checked"]
 
 _MAX_LAYERS: Final = 512
 _ROPE_SCALINGS: Final = ("none", "linear", "yarn", "longrope")
+_ALIGNMENT: Final = 32
+"""Of the tensors that llama.cpp uses where the file is mapped (TENSOR_ALIGNMENT in ggml)."""
 _TOKENS_KEY: Final = "tokenizer.ggml.tokens"
 _OWN_ARCHITECTURES: Final = ("llama", "qwen2", "qwen3")
 _HEAD_KEYS: Final = ("attention.key_length", "attention.value_length", "rope.dimension_count")
@@ -25,7 +27,7 @@ def check_for_native(header: GgufHeader) -> None:
     """Refuse a file on which llama.cpp would abort.
 
     For architectures that albor runs itself every shape is checked; for others the layers, the
-    rope scaling and the vocabulary.
+    rope scaling, the vocabulary and the places of tensors.
 
     Raises:
         CheckpointFormatError: the file is damaged or hostile.
@@ -43,6 +45,11 @@ def check_for_native(header: GgufHeader) -> None:
         raise UnsupportedModelError(
             f"{header.path}: rope scaling {header.metadata.string(key)[:40]!r} is not one of "
             f"{', '.join(_ROPE_SCALINGS)}: convert the model again"
+        )
+    if any(tensor.offset % _ALIGNMENT for tensor in header.tensors.values()):
+        raise UnsupportedModelError(
+            f"{header.path}: its tensors do not begin at multiples of {_ALIGNMENT} bytes: convert "
+            f"it again, without general.alignment"
         )
     _check_tokens(header)
     experts = header.metadata.get(f"{architecture}.expert_count", 0)
