@@ -269,9 +269,10 @@ class Engine:
                 raise self._failure
             if self._state != "running":
                 raise EngineClosedError("the server is shutting down: try again later")
-            self._check_queue()
-            if request.session is not None and request.supersede:
-                self._supersede(request.session, request.group)
+            stale = self._superseded_by(request)
+            self._check_queue(stale)
+            for other in stale:
+                self._mark_cancelled(other)
             self._inbox.append(sequence)
             self._num_requests += 1
             # A background warm-up must not delay a person.
@@ -381,21 +382,30 @@ class Engine:
             drafts=lookup_text(request.prompt, request.drafts),
         )
 
-    def _check_queue(self) -> None:
+    def _check_queue(self, stale: Sequence[_Sequence]) -> None:
+        """Refuse a request if too many wait; `stale` ones will make room for it."""
         num_free = sum(not slot.is_busy for slot in self._slots.slots)
-        num_waiting = len(self._inbox) + len(self._waiting)
+        # Cancelled ones leave at the engine's next turn: they must not cost others an answer.
+        num_waiting = sum(
+            not sequence.is_cancelled and sequence not in stale
+            for sequence in (*self._inbox, *self._waiting)
+        )
         if num_waiting >= self._config.max_queue_len + num_free:
             raise QueueFullError(
                 f"{num_waiting} requests are waiting already and the limit is "
                 f"{self._config.max_queue_len}: try again later or start the server with more slots"
             )
 
-    def _supersede(self, session: str, group: str | None) -> None:
-        for sequence in (*self._inbox, *self._waiting, *self._running):
-            request = sequence.request
-            same_group = group is not None and request.group == group
-            if request.session == session and not same_group:
-                self._mark_cancelled(sequence)
+    def _superseded_by(self, request: GenerateRequest) -> list[_Sequence]:
+        """Requests of the same session that a new one makes stale."""
+        if request.session is None or not request.supersede:
+            return []
+        return [
+            sequence
+            for sequence in (*self._inbox, *self._waiting, *self._running)
+            if sequence.request.session == request.session
+            and (request.group is None or sequence.request.group != request.group)
+        ]
 
     def _cancel(self, sequence: _Sequence) -> None:
         with self._lock:

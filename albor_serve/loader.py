@@ -18,7 +18,7 @@ from albor_serve.backends.llamacpp_tokenizer import LlamaCppTokenizer, choose_to
 from albor_serve.checkpoint import GgufCheckpoint
 from albor_serve.checkpoint.gguf_header import GgufHeader, open_gguf_header
 from albor_serve.checkpoint.lora import LoraAdapter, adapter_gguf
-from albor_serve.checkpoint.preflight import check_for_native
+from albor_serve.checkpoint.preflight import check_for_native, is_wholly_checked
 from albor_serve.config import EngineConfig, ModelConfig
 from albor_serve.engine import Engine
 from albor_serve.errors import (
@@ -31,7 +31,6 @@ from albor_serve.fim import FimTemplate, detect_template
 from albor_serve.kernels.cpu_decode import best_instruction_set
 from albor_serve.token_memo import LineMemoTokenizer, can_be_cut_at_lines
 from albor_serve.tokenizer import Tokenizer
-from albor_serve.trial import try_in_child
 
 __all__ = [
     "EMBEDDED_MODEL",
@@ -228,11 +227,15 @@ def load_model(
     path, folder = _resolve(source, report)
     header = open_gguf_header(path)
     check_for_native(header)
-    try_in_child(GgufCheckpoint(header), report)
     config = _engine_config(header, options)
     _check_memory(header, config)
+    checkpoint = GgufCheckpoint(header)
+    if not is_wholly_checked(checkpoint):
+        from albor_serve.trial import try_in_child
+
+        try_in_child(checkpoint, report)
     opened = open_backend(
-        GgufCheckpoint(header),
+        checkpoint,
         config.num_slots,
         config.max_seq_len,
         choice=options.backend,
