@@ -189,6 +189,7 @@ def _start(
             cors_origins=tuple(options.cors_origin),
             api_keys=keys,
             log_prompts=options.log_prompts,
+            min_confidence=options.min_confidence,
         )
         app = create_app(registry, settings)
         load_s = time.perf_counter() - started
@@ -359,6 +360,14 @@ def _serve_parser() -> argparse.ArgumentParser:
         help="compute every token alone instead of verifying guessed ones",
     )
     parser.add_argument(
+        "--min-confidence",
+        type=_probability,
+        default=0.0,
+        metavar="P",
+        help="end suggestions before their first token that is less likely than P, for clients "
+        "that do not say so themselves; 0.3 hides many wrong ones (%(default)s)",
+    )
+    parser.add_argument(
         "--log-level",
         default="warning",
         choices=("debug", "info", "warning", "error"),
@@ -424,6 +433,16 @@ def _greeting(
 
 def _is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _probability(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no probability: give a number from 0 to 1")
+    return value
 
 
 def _allowed_hosts(host: str) -> tuple[str, ...] | None:

@@ -45,7 +45,7 @@ from albor_serve.healing import ForcedBytes, TokenIndex
 from albor_serve.histogram import EngineMetrics, HistogramView
 from albor_serve.kv_slots import Slot, SlotTable, common_prefix_len
 from albor_serve.sampler import Sampled, Sampler, log_softmax, top_logprobs
-from albor_serve.scopes import ScopeGuard
+from albor_serve.scopes import LexerMemo, ScopeGuard
 from albor_serve.sequence import (
     CodeAround,
     Delta,
@@ -154,11 +154,14 @@ class _Sequence:
     num_tokens: int = 0
     """Prompt and sampled tokens in slot.tokens; those beyond slot.cached_len are not computed."""
     is_decoding: bool = False
+    may_adopt: bool = True
+    """Whether what other slots have computed may be copied into its own."""
     has_line_end: bool = False
     """Whether the text so far has one."""
     forced: ForcedBytes | None = None
     is_unsure: bool = False
     """Whether the next token was too unlikely to be shown."""
+    end_token: TokenInfo | None = None
     prompt_infos: list[TokenInfo] = field(default_factory=list)
 
     @property
@@ -222,6 +225,7 @@ class Engine:
         self._draft_policy: DraftPolicy | None = None
         self._token_index: TokenIndex | None = None
         self._ids = count(1)
+        self._lexers = LexerMemo()
 
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
@@ -385,7 +389,7 @@ class Engine:
             sampler=Sampler(request.sampling, vocab_size, request.prompt, banned),
             text=TextAssembler(request.stop),
             indent=IndentGuard(request.min_indent),
-            guard=ScopeGuard(request.stop_scope, code.before, code.after, code.path),
+            guard=ScopeGuard(request.stop_scope, code.before, code.after, code.path, self._lexers),
             drafts=lookup_text(request.prompt, request.drafts),
         )
 
@@ -547,6 +551,8 @@ class Engine:
     def _prefill(self, sequence: _Sequence, *, is_alone: bool) -> None:
         """Compute one chunk of a prompt; at its end sample the first token."""
         slot, request = sequence.held_slot, sequence.request
+        if not self._adopt(sequence):
+            return
         begin = slot.cached_len
         end = min(sequence.num_tokens, begin + self._chunk_len(sequence, is_alone=is_alone))
         is_last = end == sequence.num_tokens
@@ -576,6 +582,31 @@ class Engine:
             return
         sequence.is_decoding = True
         self._take_rows(sequence, logits[0][-1:], ())
+
+    def _adopt(self, sequence: _Sequence) -> bool:
+        """Copy what another slot has of this prompt by now; False if that failed the request.
+
+        Several requests for the same new text then cost one reading of it.
+        """
+        if sequence.request.prompt_logprobs or not sequence.may_adopt:
+            return True
+        slot = sequence.held_slot
+        max_reuse = sequence.num_tokens - (sequence.request.max_new_tokens > 0)
+        source, reuse_len = self._slots.longest(slot.tokens[:max_reuse])
+        gain = reuse_len - slot.cached_len
+        if source is slot or gain < SlotTable.MIN_FORK_GAIN:
+            return True
+        try:
+            self._backend.fork(source.index, slot.index, reuse_len)
+        except BackendError as error:
+            self._on_backend_error([sequence], error)
+            return False
+        had_len, slot.cached_len = slot.cached_len, self._backend.length(slot.index)
+        # Some caches can't be shared in part: once is enough to know.
+        sequence.may_adopt = slot.cached_len == reuse_len
+        timings = sequence.timings
+        timings.num_cached_tokens = max(0, timings.num_cached_tokens + slot.cached_len - had_len)
+        return True
 
     def _chunk_len(self, sequence: _Sequence, *, is_alone: bool) -> int:
         """Prompt tokens to compute in the next step."""
@@ -788,6 +819,7 @@ class Engine:
         sequence.num_tokens += 1
         if self._is_end_token(sequence, token_id):
             sequence.timings.num_new_tokens += 1
+            sequence.end_token = TokenInfo(token_id, b"", sampled.logprob, sampled.top_logprobs)
             return ""
         piece = self._tokenizer.token_bytes(token_id)
         if sequence.forced is not None:
@@ -882,7 +914,9 @@ class Engine:
             cancel_s = now - sequence.cancelled_s if sequence.cancelled_s else 0.0
             self._metrics.observe(reason, timings, num_computed, cancel_s)
             totals = self._totals
-            totals.num_prompt_tokens += timings.num_prompt_tokens
+            # Of a cancelled one, only what was read.
+            num_read = timings.num_cached_tokens + num_computed
+            totals.num_prompt_tokens += min(timings.num_prompt_tokens, num_read)
             totals.num_cached_tokens += timings.num_cached_tokens
             totals.num_new_tokens += timings.num_new_tokens
             totals.num_draft_tokens += timings.num_draft_tokens
@@ -896,6 +930,7 @@ class Engine:
                 tuple(sequence.prompt_infos),
                 sequence.text.stopped_by if sequence.stopped_by == "stop" else None,
                 sequence.stopped_by,
+                sequence.end_token,
             ),
         )
 

@@ -86,6 +86,12 @@ class SlotTable:
             return SlotChoice(best, shared[source.index], source)
         return SlotChoice(best, shared[best.index])
 
+    def longest(self, prompt: TokenArray) -> tuple[Slot, int]:
+        """The slot, busy or free, that holds most of `prompt` (int32 [T]), and how many tokens."""
+        shared = [common_prefix_len(slot.tokens[: slot.cached_len], prompt) for slot in self.slots]
+        best = max(self.slots, key=lambda slot: shared[slot.index])
+        return best, shared[best.index]
+
     def _rank(self, slot: Slot, session: str | None, shared_len: int) -> tuple[float, ...]:
         """Sort key of a free slot, smallest best: own, then unprotected, then protected."""
         if session is not None and slot.session == session:

@@ -173,6 +173,8 @@ class Finished:
     """The stop string that ended the answer, if one did."""
     stopped_by: StoppedBy | None = None
     """Which rule ended the answer; None where the model or a limit did."""
+    end_token: TokenInfo | None = None
+    """The token that ended it, such as end-of-text; it stands for no text."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -186,7 +186,8 @@ class HashBackend:
         del self.caches[slot][length:]
 
     def fork(self, src: int, dst: int, length: int) -> None:
-        self.caches[dst] = self.caches[src][:length]
+        can_share = self.can_rewind or length == len(self.caches[src])
+        self.caches[dst] = self.caches[src][:length] if can_share else []
 
     def length(self, slot: int) -> int:
         return len(self.caches[slot])

@@ -19,6 +19,7 @@ from albor_serve.errors import (
     QueueTimeoutError,
     RequestError,
 )
+from albor_serve.kv_slots import SlotTable
 from albor_serve.sequence import Delta, Event, Failed, Finished, GenerateRequest
 from tests.fakes import ByteTokenizer, HashBackend, LinearCosts
 
@@ -163,7 +164,7 @@ def test_a_warm_up_returns_no_text_and_fills_the_cache(start: Start) -> None:
 
 
 def test_sequences_run_side_by_side_and_alike(start: Start) -> None:
-    engine, backend = start(num_slots=3, ms_per_token=0.2)
+    engine, backend = start(num_slots=3, max_seq_len=1024, ms_per_token=0.2)
     prompts = [tuple(range(i, i + 20)) for i in range(8)]
     replies = [submit(engine, prompt, 15)[0] for prompt in prompts]
     for prompt, reply in zip(prompts, replies, strict=True):
@@ -553,6 +554,48 @@ def test_a_common_start_is_copied_between_slots(start: Start) -> None:
     assert reply.token_ids == backend.answer((*long, 200), 2)
 
 
+def test_the_same_new_text_asked_for_three_times_is_read_once(start: Start) -> None:
+    engine, backend = start(num_slots=3, max_seq_len=1024, ms_per_token=0.2)
+    long = tuple(i * i % 251 for i in range(600))
+    replies = [
+        submit(engine, (*long, last), 2, session=str(last), priority=priority)[0]
+        for last, priority in ((1, "background"), (2, "background"), (3, "interactive"))
+    ]
+    for last, reply in enumerate(replies, 1):
+        assert reply.wait().token_ids == backend.answer((*long, last), 2)
+    computed = sum(
+        reply.end.timings.num_prompt_tokens - reply.end.timings.num_cached_tokens
+        for reply in replies
+    )
+    assert computed < 600 + 2 * SlotTable.MIN_FORK_GAIN + 32
+
+
+def test_a_cache_that_cannot_be_shared_in_part_is_not_asked_again(start: Start) -> None:
+    engine, backend = start(num_slots=2, max_seq_len=1024, ms_per_token=0.2)
+    backend.can_rewind = False
+    long = tuple(i * i % 251 for i in range(600))
+    pair = [submit(engine, (*long, last), 2, priority="background")[0] for last in (1, 2)]
+    for last, reply in enumerate(pair, 1):
+        assert reply.wait().token_ids == backend.answer((*long, last), 2)
+
+
+def test_a_copy_of_what_another_reads_may_fail(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, backend = start(num_slots=2, max_seq_len=1024, ms_per_token=0.2)
+
+    def broken(src: int, dst: int, length: int) -> None:
+        raise BackendError("the fake device could not copy")
+
+    monkeypatch.setattr(backend, "fork", broken)
+    long = tuple(i * i % 251 for i in range(600))
+    pair = [submit(engine, (*long, last), 2, priority="background")[0] for last in (1, 2)]
+    ends = [reply.wait() for reply in pair]
+    assert isinstance(ends[1].error, BackendError)
+    assert ends[0].token_ids == backend.answer((*long, 1), 2)
+    until(lambda: idle(engine))
+
+
 def test_a_copy_between_slots_that_fails_fails_the_request_alone(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -640,3 +683,15 @@ def test_storm_of_requests_cancels_and_supersedes(start: Start) -> None:
     assert stats.num_finished + stats.num_cancelled == stats.num_requests == 240
     for slot, cache in zip(stats.slots, backend.caches, strict=True):
         assert slot.num_cached_tokens == len(cache)
+
+
+def test_of_a_cancelled_prompt_only_what_was_read_counts(start: Start) -> None:
+    engine, backend = start(num_slots=1, max_seq_len=1024, ms_per_token=1.0)
+    reply, ticket = submit(engine, tuple(range(200)) * 4, 1)
+    until(lambda: len(backend.caches[0]) > 5)
+    ticket.cancel()
+    reply.wait()
+    until(lambda: idle(engine))
+    assert engine.stats().num_prompt_tokens == len(backend.caches[0]) < 800
+    ask(engine, tuple(range(200)) * 4, 1)
+    assert engine.stats().num_prompt_tokens - engine.stats().num_cached_tokens == 800

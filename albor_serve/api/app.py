@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request
@@ -86,6 +86,9 @@ class AppSettings:
     """Keys of which every request but /health must bring one; empty: none is needed."""
     log_prompts: bool = False
     """Whether the log of requests holds their bodies."""
+    min_confidence: float = 0.0
+    """For fill-in-the-middle requests that do not say: answers end before their first token that
+    is less likely than this."""
 
 
 def create_app(models: ServedModel | ModelRegistry, settings: AppSettings | None = None) -> FastAPI:
@@ -232,6 +235,10 @@ class _App:
         num_bytes: int,
     ) -> Response:
         """Plan, run and write a completion; see `Host`."""
+        options = spec.options
+        if spec.fim_suffix is not None and "min_confidence" not in options.model_fields_set:
+            changes = {"min_confidence": self._settings.min_confidence}
+            spec = replace(spec, options=options.model_copy(update=changes))
         if num_bytes > LARGE_BODY_BYTES:
             jobs = await asyncio.to_thread(plan_jobs, served, spec)
         else:

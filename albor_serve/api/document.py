@@ -6,9 +6,13 @@ each route describes itself here, and the parts come together when the document 
 
 from __future__ import annotations
 
+import ast
+import inspect
 import pydoc
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+import textwrap
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, get_args
 
 from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -88,6 +92,7 @@ def route(
     answer: type[BaseModel] | None = None,
     media_type: str = "application/json",
     streams: bool = False,
+    query: Mapping[str, str] | None = None,
     statuses: Sequence[int] = (),
 ) -> None:
     """Add a route with its description.
@@ -102,6 +107,7 @@ def route(
         answer: schema of the 200 answer; None for text of `media_type`.
         media_type: of the 200 answer.
         streams: whether `stream: true` answers with server-sent events instead.
+        query: the URL's parameters and what they mean.
         statuses: error statuses; by default all that a completion may have.
     """
     ok: dict[str, Any] = {"schema": {"type": "string"} if answer is None else _ref(answer)}
@@ -110,12 +116,19 @@ def route(
         content["text/event-stream"] = {"schema": _EVENT}
     if not statuses:
         statuses = tuple(_STATUSES) if body is not None else (401, 403, 500, 503)
+        if query is not None and "model" in query:
+            statuses = (401, 403, 404, 500, 503)
     error = {"application/json": {"schema": _ref(ErrorBody)}}
     responses: dict[str, Any] = {"200": {"description": "Done.", "content": content}}
     for status in statuses:
         responses[str(status)] = {"description": _STATUSES[status], "content": error}
     models = [f"{m.__module__}.{m.__qualname__}" for m in (ErrorBody, body, answer) if m]
     extra: dict[str, Any] = {"responses": responses, _MODELS: models}
+    if query is not None:
+        extra["parameters"] = [
+            {"name": name, "in": "query", "description": text, "schema": {"type": "string"}}
+            for name, text in query.items()
+        ]
     if body is not None:
         extra["requestBody"] = {
             "required": True,
@@ -159,8 +172,45 @@ def _build(app: FastAPI) -> dict[str, Any]:
             operation["responses"].pop("422", None)
     models: list[Any] = [pydoc.locate(name) for name in sorted(names)]
     _, schemas = models_json_schema([(model, "validation") for model in models], ref_template=REF)
-    document["components"] = {"schemas": dict(sorted(schemas.get("$defs", {}).items()))}
+    parts = schemas.get("$defs", {})
+    for model in _with_inner(models):
+        for name, text in _field_docs(model).items():
+            parts[model.__name__]["properties"][name].setdefault("description", text)
+    document["components"] = {"schemas": dict(sorted(parts.items()))}
     return document
+
+
+def _with_inner(models: Sequence[type[BaseModel]]) -> set[type[BaseModel]]:
+    """These models and those of their fields."""
+    found: set[type[BaseModel]] = set()
+    waiting: list[Any] = list(models)
+    while waiting:
+        each = waiting.pop()
+        waiting += get_args(each)
+        if isinstance(each, type) and issubclass(each, BaseModel) and each not in found:
+            found.add(each)
+            waiting += [field.annotation for field in each.model_fields.values()]
+    return found
+
+
+def _field_docs(model: type[BaseModel]) -> dict[str, str]:
+    """What the source says below each field. Pydantic could read it too, but at each start."""
+    docs: dict[str, str] = {}
+    for kind in reversed(model.__mro__):
+        if not issubclass(kind, BaseModel) or kind.__module__.startswith("pydantic."):
+            continue
+        if "[" in kind.__name__:  # a generic with its types filled in: nobody wrote it
+            continue
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+        assert isinstance(tree, ast.ClassDef)
+        for pair in pairwise(tree.body):
+            match pair:
+                case (
+                    ast.AnnAssign(target=ast.Name(id=name)),
+                    ast.Expr(value=ast.Constant(value=str(text))),
+                ):
+                    docs[name] = " ".join(text.split())
+    return docs
 
 
 def _ref(model: type[BaseModel]) -> dict[str, str]:

@@ -38,7 +38,9 @@ class ExtraChunk(Body):
     """A piece of another file."""
 
     text: Annotated[str, Field(max_length=MAX_EXTRA_CHARS)]
+    """What the model reads of the file."""
     filename: Annotated[str, Field(max_length=MAX_PATH_CHARS)] | None = None
+    """Where it lies in the project."""
 
 
 class InfillBody(LlamaCppBody):

@@ -63,6 +63,7 @@ class LlamaCppBody(Body):
     """Fields of llama.cpp's completion requests. Unknown fields are ignored."""
 
     model: ModelName | None = None
+    """One of the names that /v1/models lists; without it the default model."""
     n_predict: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
     """Most tokens to generate; 0 only computes the prompt into the cache, -1 sets no limit."""
     max_tokens: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
@@ -70,12 +71,19 @@ class LlamaCppBody(Body):
     n_cmpl: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     """Answers to compute; with more than one, the result is a list."""
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    """0.8 unless given; 0 takes the likeliest token."""
     top_k: Annotated[int, Field(ge=-1, le=1 << 24)] | None = None
+    """40 unless given; 0 and -1 mean all."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """0.95 unless given."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """0.05 unless given."""
     repeat_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    """Divides the logits of tokens in prompt and answer; 1 does nothing."""
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """Taken off the logit of each token that the answer already has."""
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """The same for each time that it has it."""
     samplers: (
         Annotated[
             list[Annotated[str, Field(max_length=MAX_FIELD_CHARS)]], Field(max_length=MAX_SAMPLERS)
@@ -88,17 +96,23 @@ class LlamaCppBody(Body):
     seed: Annotated[int, Field(ge=-1, lt=1 << 64)] | None = None
     """-1 draws a fresh one."""
     stop: Stop = None
+    """The answer ends before the first of these texts."""
     ignore_eos: bool | None = None
+    """Never end by a token that ends texts."""
     logit_bias: Annotated[Any, WithJsonSchema(_BIAS_SCHEMA)] = None
+    """[[token id or text, bias or false], ...] or an object of them."""
     n_probs: Annotated[int, Field(ge=0, le=20)] | None = None
     """Report this many most likely tokens at each place."""
     stream: bool | None = None
+    """Send the answer as server-sent events while it comes."""
     cache_prompt: bool | None = None
     """Accepted; the cache never changes an answer."""
     id_slot: Annotated[int, Field(ge=-1, le=1 << 20)] | None = None
     """Accepted; albor finds the slot whose cache fits best."""
     return_tokens: bool | None = None
+    """Return the token ids too."""
     timings_per_token: bool | None = None
+    """Accepted; timings come with the last event."""
     n_indent: Annotated[int, Field(ge=0, le=1024)] | None = None
     """The answer ends before a line with less indentation than this many characters."""
     t_max_predict_ms: Annotated[float, Field(ge=0, le=3_600_000)] | None = None
@@ -114,6 +128,7 @@ class LlamaCppBody(Body):
     ) = None
     """Parts of the answer to return, such as "content" or "timings/prompt_n"."""
     albor: AlborOptions | None = None
+    """What only albor knows, as in /v1/completions."""
 
     @property
     def num_choices(self) -> int:

@@ -44,6 +44,9 @@ _PROMPT_SCHEMA = {
 }
 
 
+_MODEL_QUERY = "One of the names that /v1/models lists; without it the default model."
+
+
 class PlainBody(LlamaCppBody):
     """Request body of /completion."""
 
@@ -54,6 +57,7 @@ class TokenizeBody(Body):
     """Request body of /tokenize."""
 
     content: str
+    """The text."""
     add_special: bool = False
     """Put the beginning-of-text token first, where the model has one."""
     parse_special: bool = True
@@ -61,6 +65,7 @@ class TokenizeBody(Body):
     with_pieces: bool = False
     """Return each token's text too."""
     model: ModelName | None = None
+    """Whose tokens; without it the default model."""
 
 
 class TokenPiece(BaseModel):
@@ -80,7 +85,9 @@ class DetokenizeBody(Body):
     """Request body of /detokenize."""
 
     tokens: Annotated[list[int], Field(max_length=MAX_DETOKENIZED)]
+    """Token ids."""
     model: ModelName | None = None
+    """Whose tokens; without it the default model."""
 
 
 class DetokenizeAnswer(BaseModel):
@@ -291,8 +298,27 @@ def llamacpp_router(host: Host) -> APIRouter:
         answer=DetokenizeAnswer,
         statuses=(400, 401, 403, 404, 408, 413),
     )
-    route(router, "GET", "/props", props, summary="The model's settings.", answer=Props)
-    route(router, "GET", "/slots", slots, summary="What each slot does.", answer=Slots)
+    route(
+        router,
+        "GET",
+        "/props",
+        props,
+        summary="The model's settings.",
+        answer=Props,
+        query={"model": _MODEL_QUERY},
+    )
+    route(
+        router,
+        "GET",
+        "/slots",
+        slots,
+        summary="What each slot does.",
+        answer=Slots,
+        query={
+            "model": _MODEL_QUERY,
+            "fail_on_no_slot": "With 1, the answer is 503 where every slot is busy.",
+        },
+    )
     return router
 
 

@@ -48,7 +48,9 @@ def metrics_text(
             ("failed", stats.num_failed),
         ):
             lines.append(f'albor_requests_total{{{label},outcome="{outcome}"}} {count}')
-    lines += _series("prompt_tokens_total", "counter", "Prompt tokens by where they came from.")
+    lines += _series(
+        "prompt_tokens_total", "counter", "Prompt tokens read, by where they came from."
+    )
     for label, stats in labelled:
         num_new = stats.num_prompt_tokens - stats.num_cached_tokens
         for source, count in (("cached", stats.num_cached_tokens), ("new", num_new)):

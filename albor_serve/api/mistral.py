@@ -37,6 +37,7 @@ class FimBody(Body):
     """Request body of /v1/fim/completions. Unknown fields are ignored."""
 
     model: ModelName | None = None
+    """One of the names that /v1/models lists; without it the default model."""
     prompt: str
     """The text before the cursor."""
     suffix: str | None = None
@@ -48,10 +49,15 @@ class FimBody(Body):
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     """0, the likeliest tokens, unless given."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Draw among the likeliest tokens that have this probability together."""
     random_seed: Annotated[int, Field(ge=0, lt=1 << 64)] | None = None
+    """The same seed gives the same answer."""
     stop: Stop = None
+    """The answer ends before the first of these texts."""
     stream: bool | None = None
+    """Send the answer as server-sent events while it comes."""
     albor: AlborOptions | None = None
+    """What only albor knows, as in /v1/completions."""
 
 
 class FimMessage(BaseModel):

@@ -140,6 +140,8 @@ def completion_spec(body: CompletionBody) -> CompletionSpec:
         max_new_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
         sampling=sampling,
         fim_suffix=body.suffix,
+        # Tabby's clients send whole files.
+        fits_window=body.segments is not None,
         num_candidates=body.num_candidates,
         stop=body.stops(),
         ignore_eos=bool(body.ignore_eos),
@@ -236,9 +238,12 @@ class CompletionWriter:
     def _end(self, index: int, answer: Answer) -> bytes:
         """The chunk with the finish reason; the last of all choices' carries the timings."""
         reason = finish_reason(answer.reason)
+        logprobs = None
+        if answer.job.wants_logprobs and answer.end_token is not None:
+            logprobs = self._logprobs(Update(index, "", (answer.end_token,), None))
         if not self._is_extended:
-            return self._chunk(index, "", None, reason)
-        choice = {"index": index, "text": "", "logprobs": None, "finish_reason": reason}
+            return self._chunk(index, "", logprobs, reason)
+        choice = {"index": index, "text": "", "logprobs": logprobs, "finish_reason": reason}
         chunk = {**self._head, "choices": [{**choice, "albor": choice_extension(answer)}]}
         if self._wants_usage:
             chunk["usage"] = None
@@ -341,7 +346,12 @@ def _whole_logprobs(served: ServedModel, answer: Answer, text: str) -> dict[str,
     num_prompt = len(answer.prompt_tokens)
     starts = [offsets.next(token.token_bytes) for token in tokens]
     num_kept = sum(at < num_prompt or start < len(text) for at, start in enumerate(starts))
-    return _logprobs(served, tokens[:num_kept], starts[:num_kept])
+    tokens, starts = tokens[:num_kept], starts[:num_kept]
+    if answer.end_token is not None:
+        # Evaluation harnesses count on one entry for each sampled token, this one too.
+        tokens.append(answer.end_token)
+        starts.append(len(text))
+    return _logprobs(served, tokens, starts)
 
 
 def _logprobs(

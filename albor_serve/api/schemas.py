@@ -38,6 +38,7 @@ MAX_EXTRA_CHARS = 1 << 18
 MAX_DRAFTS = 8
 MAX_DRAFT_CHARS = 8192
 MAX_TYPED_CHARS = 1024
+TABBY_MAX_TOKENS = 64
 
 Prompt = str | tuple[int, ...]
 """One prompt: text, or token ids."""
@@ -94,13 +95,16 @@ class StreamOptions(Body):
     """Options of a streamed answer."""
 
     include_usage: bool = False
+    """A last event has the usage; its choices are empty."""
 
 
 class ExtraContext(Body):
     """A piece of another file."""
 
     path: Annotated[str, Field(min_length=1, max_length=MAX_PATH_CHARS)]
+    """Where the file lies in the project."""
     text: Annotated[str, Field(max_length=MAX_EXTRA_CHARS)]
+    """What the model reads of it."""
 
 
 class AlborOptions(Body):
@@ -123,7 +127,8 @@ class AlborOptions(Body):
     )
     """Pieces of other files, most stable first. Needs suffix."""
     min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """The answer ends before its first token that is less likely than this."""
+    """The answer ends before its first token that is less likely than this; unless given, the
+    server's --min-confidence where a suffix asks for fill-in-the-middle."""
     first_token_budget_ms: Annotated[float, Field(gt=0, le=3_600_000)] | None = None
     """The prompt is cut so that computing it takes about this long at most; needs suffix."""
     drafts: Annotated[
@@ -134,34 +139,97 @@ class AlborOptions(Body):
     """The answer begins with this text, which is not returned. Needs one prompt of text."""
 
 
+class TabbySnippet(Body):
+    """A piece of another file, as Tabby's clients send it."""
+
+    filepath: Annotated[str, Field(max_length=MAX_PATH_CHARS)] = ""
+    """Where the file lies in the project."""
+    body: Annotated[str, Field(max_length=MAX_EXTRA_CHARS)]
+    """What the model reads of it."""
+
+
+_Snippets = Annotated[list[TabbySnippet], Field(max_length=MAX_EXTRA_FILES)]
+
+
+class TabbySegments(Body):
+    """The code around the cursor, as Tabby's clients send it."""
+
+    prefix: str
+    """The text before the cursor."""
+    suffix: str | None = None
+    """The text after it."""
+    filepath: Annotated[str, Field(max_length=MAX_PATH_CHARS)] | None = None
+    """Path of the file being edited."""
+    declarations: _Snippets | None = None
+    """Code that the language server knows to be used here."""
+    relevant_snippets_from_changed_files: _Snippets | None = None
+    """Similar code that was edited lately."""
+    relevant_snippets_from_recently_opened_files: _Snippets | None = None
+    """Similar code that was looked at lately."""
+
+    @property
+    def snippets(self) -> list[TabbySnippet]:
+        """All pieces of other files, the most stable first."""
+        return [
+            *(self.declarations or ()),
+            *(self.relevant_snippets_from_recently_opened_files or ()),
+            *(self.relevant_snippets_from_changed_files or ()),
+        ][:MAX_EXTRA_FILES]
+
+
 class CompletionBody(Body):
     """Request body of /v1/completions. Unknown fields are ignored."""
 
     model: ModelName | None = None
+    """One of the names that /v1/models lists; without it the default model."""
     prompt: Annotated[Any, WithJsonSchema(_PROMPT_SCHEMA)] = "<|endoftext|>"
+    """Text, token ids, or a list of either (mixed too); with `suffix`, the text before the
+    cursor."""
     suffix: str | None = None
     """Text after the cursor: asks for fill-in-the-middle."""
+    segments: TabbySegments | None = None
+    """Tabby's way to ask for fill-in-the-middle, instead of `prompt` and `suffix`; 64 of the
+    likeliest tokens unless max_tokens and temperature say otherwise."""
     max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = 16
     """0 only computes the prompt into the cache."""
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    """0 takes the likeliest token; 1 unless given."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Draw among the likeliest tokens that have this probability together."""
     top_k: Annotated[int, Field(ge=-1, le=1 << 24)] | None = None
+    """Draw among so many likeliest tokens; 0 and -1 mean all."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Draw among tokens that are at least this part as likely as the likeliest one."""
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = 1
+    """Answers to each prompt."""
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    """Answers computed, of which the `n` likeliest are returned."""
     echo: bool | None = False
+    """Begin the answer with the prompt; with max_tokens 0 and logprobs this scores a text."""
     stream: bool | None = False
+    """Send the answer as server-sent events while it comes."""
     stream_options: StreamOptions | None = None
+    """Only with `stream`."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """Return the log-probability of each token and of so many likeliest ones at its place."""
     stop: Stop = None
+    """The answer ends before the first of these texts."""
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] | None = None
+    """The same seed gives the same answer."""
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """Taken off the logit of each token that the answer already has."""
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """The same for each time that it has it."""
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    """Divides the logits of tokens in prompt and answer; 1 does nothing."""
     logit_bias: Annotated[Any, WithJsonSchema(_BIAS_SCHEMA)] = None
+    """Added to the logits of these token ids; -100 forbids one."""
     ignore_eos: bool | None = False
+    """Never end by a token that ends texts."""
     user: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = None
+    """Accepted and ignored."""
     albor: AlborOptions | None = None
+    """What only albor knows; an answer then has an `albor` object too."""
 
     @property
     def num_candidates(self) -> int:
@@ -255,9 +323,38 @@ def parse_completion(value: Any) -> CompletionBody:
         raise RequestError("best_of can't be streamed: leave out one of them", param="best_of")
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options needs stream: true", param="stream_options")
+    if body.segments is not None:
+        return _from_segments(body, body.segments)
     if body.suffix is not None and body.echo:
         raise RequestError("echo can't be combined with suffix", param="echo")
     return body
+
+
+def _from_segments(body: CompletionBody, segments: TabbySegments) -> CompletionBody:
+    """Tabby's body in the words of the others."""
+    given = body.model_fields_set
+    if body.echo or given & {"prompt", "suffix"}:
+        raise RequestError(
+            "segments can't be combined with prompt, suffix or echo", param="segments"
+        )
+    options = body.albor or AlborOptions()
+    extra = [
+        ExtraContext(path=each.filepath or "untitled", text=each.body) for each in segments.snippets
+    ]
+    changes: dict[str, object] = {}
+    if segments.filepath and options.path is None:
+        changes["path"] = segments.filepath
+    if extra and not options.extra_context:
+        changes["extra_context"] = extra
+    return body.model_copy(
+        update={
+            "prompt": segments.prefix,
+            "suffix": segments.suffix or "",
+            "max_tokens": body.max_tokens if "max_tokens" in given else TABBY_MAX_TOKENS,
+            "temperature": body.temperature or 0.0,
+            "albor": options.model_copy(update=changes) if changes else body.albor,
+        }
+    )
 
 
 def check_stops(stop: Any) -> tuple[str, ...]:

@@ -35,6 +35,9 @@ NUM_CHOICES: Final = 3
 """Suggestions to choose from when the person asked."""
 CHOICE_TEMPERATURE: Final = 0.6
 WARM_TOKENS: Final = 0
+PATIENCE_MS: Final = 60.0
+"""How long whole answers of several lines are waited for: then the lines that are there are shown,
+and the rest as soon as the person types on."""
 BUSY_MS: Final = 100.0
 """A question that waited longer stood behind others."""
 MAX_REMEMBERED: Final = 64
@@ -78,7 +81,7 @@ class Explained:
     shown: str
     answer: Answer
     source: str
-    """computed, joined or cached."""
+    """computed, joined, cached, or partial: lines of an answer that is still coming."""
     total_ms: float
     is_new: bool = True
     """Not just what is left of the one before."""
@@ -110,6 +113,7 @@ class _Flight:
         self.text = ""
         self.answer: Answer | None = None
         self.error: Exception | None = None
+        self.was_shown_in_part = False
         self.task: asyncio.Task[None] | None = None
         self._waiting: list[asyncio.Future[None]] = []
 
@@ -127,10 +131,12 @@ class _Flight:
             if not each.done():
                 each.set_result(None)
 
-    async def changed(self) -> None:
+    async def changed(self, timeout_s: float | None = None) -> None:
+        """Wait for a piece of text or the end; raises TimeoutError."""
         future = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
-        await future
+        async with asyncio.timeout(timeout_s):
+            await future
 
     def typed_since(self, query: _Query) -> str | None:
         """What was typed since it was asked; None where its answer can't fit any more."""
@@ -150,6 +156,9 @@ class _Open:
 
     document: Document
     path: str
+    """Inside its project."""
+    context: ContextBuilder
+    """Its project's."""
     session: str
     is_secret: bool
     """Its name says that it holds keys: nothing of it is sent anywhere."""
@@ -175,7 +184,8 @@ class Assistant:
     Args:
         service: the completion server.
         settings: may be replaced while it runs, by assigning the attribute.
-        root: the project's folder, if any.
+        roots: the projects' folders. Pieces of other files come from the document's own project;
+            a document outside of all goes with the first one.
         on_answer: called with (Explained) after each suggestion.
     """
 
@@ -183,13 +193,13 @@ class Assistant:
         self,
         service: Service,
         settings: Settings,
-        root: Path | None = None,
+        roots: Sequence[Path] = (),
         *,
         on_answer: Callable[[Explained], None] = lambda _explained: None,
         on_accept: Callable[[Explained], None] = lambda _explained: None,
     ) -> None:
         self.service = service
-        self.root = root
+        self._roots: tuple[Path | None, ...] = tuple(roots) or (None,)
         self.is_paused = False
         self.last: Explained | None = None
         self._settings = settings
@@ -197,7 +207,7 @@ class Assistant:
         self._on_accept = on_accept
         self._documents: dict[str, _Open] = {}
         self._cache: CompletionCache[Answer] = CompletionCache()
-        self._context = self._new_context()
+        self._contexts = self._new_contexts()
         self._debounce = Debounce()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._shown: dict[str, Explained] = {}
@@ -215,12 +225,18 @@ class Assistant:
     def settings(self, settings: Settings) -> None:
         if settings != self._settings:
             self._settings = settings
-            self._cache.clear()
-            self._context = self._new_context()
-            for opened in self._documents.values():
-                self._withdraw(opened)
-                document = opened.document
-                self._context.opened(opened.path, document.text, document.language)
+            self._begin_anew()
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """The projects' folders; assign to change."""
+        return tuple(root for root in self._roots if root is not None)
+
+    @roots.setter
+    def roots(self, roots: Sequence[Path]) -> None:
+        if tuple(roots) != self.roots:
+            self._roots = tuple(roots) or (None,)
+            self._begin_anew()
 
     async def close(self) -> None:
         """Cancel all work."""
@@ -231,14 +247,15 @@ class Assistant:
 
     def open(self, uri: str, language: str, text: str, version: int = 0) -> None:
         """A document was opened."""
-        path = self._path(uri)
+        root, path = self._place(uri)
         digest = hashlib.sha256(uri.encode("utf-8", "replace")).hexdigest()[:12]
         document = Document(uri, language, text, version)
         is_secret = is_secret_name(unquote(urlsplit(uri).path))
-        opened = _Open(document, path, f"{self._run}-{digest}", is_secret)
+        context = self._contexts[root]
+        opened = _Open(document, path, context, f"{self._run}-{digest}", is_secret)
         self._close(uri)
         self._documents[uri] = opened
-        self._context.opened(path, text, language)
+        context.opened(path, text, language)
         # No warm-up yet: where the cursor goes is not known, and from the start of a file a
         # server would read what it never needs again.
 
@@ -257,7 +274,7 @@ class Assistant:
             # Editors close brackets and quotes: the cursor stands between.
             end = Point(end.line, end.column - 1)
         opened.point = end
-        self._context.edited(opened.path, lambda: document.text, end.line)
+        opened.context.edited(opened.path, lambda: document.text, end.line)
         typed = changes[-1].start is not None and len(changes[-1].text) <= 256
         if self._settings.prefetch and typed and len(changes) == 1:
             self._later(self._prefetch, opened, opened.num_changes)
@@ -273,7 +290,7 @@ class Assistant:
         """A document was saved."""
         opened = self._documents.get(uri)
         if opened is not None:
-            self._context.saved(opened.path, opened.document.text)
+            opened.context.saved(opened.path, opened.document.text)
 
     def close_document(self, uri: str) -> None:
         """A document was closed."""
@@ -291,9 +308,13 @@ class Assistant:
         encoding: Encoding,
         *,
         invoked: bool = False,
+        whole: bool = False,
         selected: Selected | None = None,
     ) -> Coroutine[Any, Any, list[Suggestion]]:
         """What to suggest at a cursor, best first; await the result.
+
+        An answer of several lines that takes long is shown in part at first, unless `invoked` or
+        `whole` asks for all of it.
 
         The text and cursor are taken when this is called. A later call for the same document
         makes this one return nothing. Without a server, and for a document that is not open, the
@@ -311,7 +332,7 @@ class Assistant:
         if opened.flight is not None:
             opened.flight.wake()
         if moved > JUMP_LINES:
-            self._context.jumped(opened.path, point.line)
+            opened.context.jumped(opened.path, point.line)
         if not self._wants(opened, invoked=invoked):
             return _nothing()
         query = self._query(opened, point, invoked=invoked, selected=selected)
@@ -320,7 +341,9 @@ class Assistant:
         if not query.decision.ask:
             self._warm(opened)
             return _nothing()
-        return self._suggestions(query, opened.ticket, invoked=invoked, selected=selected)
+        return self._suggestions(
+            query, opened.ticket, invoked=invoked, whole=whole or invoked, selected=selected
+        )
 
     def accepted(self, suggestion_id: str) -> None:
         """The person took a suggestion over."""
@@ -361,7 +384,7 @@ class Assistant:
         selected: Selected | None = None,
     ) -> _Query | None:
         """The question at a point, made once for each text; None where none may be asked."""
-        generations = (self.service.generation, self._context.generation, self._settings)
+        generations = (self.service.generation, opened.context.generation, self._settings)
         state = (opened.num_changes, point, invoked, selected, *generations)
         if opened.query_state != state:
             opened.query = self._new_query(opened, point, invoked=invoked, selected=selected)
@@ -384,7 +407,7 @@ class Assistant:
                 return None
             typed_ahead = selected.text[len(typed) :]
         offset = document.offset(point)
-        window = self._context.window(document.text, offset)
+        window = opened.context.window(document.text, offset)
         if holds_secret(window.prefix) or holds_secret(window.suffix):
             return None
         decision = should_ask(
@@ -394,11 +417,11 @@ class Assistant:
             decision = replace(decision, stop_scope="line")
         chunks: tuple[Chunk, ...] = ()
         if self._settings.other_files:
-            chunks = self._context.chunks(opened.path, document.text, offset)
+            chunks = opened.context.chunks(opened.path, document.text, offset)
         key = Key(
             uri=document.uri,
             model=f"{self.service.generation}:{self.service.model}",
-            generation=self._context.generation if self._settings.other_files else 0,
+            generation=opened.context.generation if self._settings.other_files else 0,
             suffix=window.suffix,
             scope="invoked" if invoked else "",
         )
@@ -428,11 +451,12 @@ class Assistant:
         ticket: object,
         *,
         invoked: bool,
+        whole: bool,
         selected: Selected | None,
     ) -> list[Suggestion]:
         started = now_ms()
         try:
-            text, answer, source = await self._text(query, ticket, invoked=invoked)
+            text, answer, source = await self._text(query, ticket, invoked=invoked, whole=whole)
             texts = [text]
             if invoked:
                 texts += await self._others(query)
@@ -450,12 +474,12 @@ class Assistant:
                 shown.append(kept)
         if not shown:
             return []
-        is_new = not query.opened.shown.endswith(shown[0])
+        is_new = not query.opened.shown.endswith(shown[0]) and not self._goes_on(query, source)
         explained = Explained(query, shown[0], answer, source, now_ms() - started, is_new)
         query.opened.shown = shown[0]
         self.last = explained
         self._on_answer(explained)
-        if self._settings.look_ahead and self._works_ahead():
+        if self._settings.look_ahead and self._works_ahead() and source != "partial":
             self._look_ahead(query, shown[0])
         return [self._suggestion(query, each, explained, selected) for each in shown]
 
@@ -471,7 +495,7 @@ class Assistant:
         return Suggestion(name, text, query.point, query.point)
 
     async def _text(
-        self, query: _Query, ticket: object, *, invoked: bool
+        self, query: _Query, ticket: object, *, invoked: bool, whole: bool
     ) -> tuple[str, Answer, str]:
         """(what follows the prefix, the answer it is from, where it was found)."""
         found = self._found(query)
@@ -485,6 +509,8 @@ class Assistant:
                 return found[0], found[1], "cached"
         source = "joined" if self._joins(query) else "computed"
         flight = self._fly(query)
+        patience_s: float | None = None if whole else PATIENCE_MS / 1000
+        began_s = now_ms() / 1000
         while query.opened.ticket is ticket:
             typed = flight.typed_since(query)
             if typed is None or (flight.is_done and typed and flight.text == typed):
@@ -493,9 +519,22 @@ class Assistant:
                 raise flight.error
             elif flight.answer is not None:
                 return flight.text[len(typed) :], flight.answer, source
+            elif patience_s is None or now_ms() / 1000 - began_s < patience_s:
+                left_s = patience_s and began_s + patience_s - now_ms() / 1000
+                with contextlib.suppress(TimeoutError):
+                    await flight.changed(left_s)
+            elif lines := _whole_lines(flight.text[len(typed) :]):
+                flight.was_shown_in_part = True
+                return lines, Answer(()), "partial"
             else:
                 await flight.changed()
         return "", Answer(()), "replaced"
+
+    def _goes_on(self, query: _Query, source: str) -> bool:
+        """Whether this is more of what was shown in part before."""
+        flight = query.opened.flight
+        is_later = source != "partial" and flight is not None and flight.was_shown_in_part
+        return is_later and flight is not None and flight.typed_since(query) is not None
 
     async def _others(self, query: _Query) -> list[str]:
         """More suggestions, less likely ones."""
@@ -550,8 +589,6 @@ class Assistant:
             self._debounce.observe(now_ms() - started, is_busy)
             if text.strip():
                 query.opened.recent.append(text)
-            if answer.is_cut:
-                self._warm(query.opened)
         except LspError as error:
             flight.error = error
         finally:
@@ -670,23 +707,45 @@ class Assistant:
         if flight is not None:
             self._stop(flight.task)
 
-    def _new_context(self) -> ContextBuilder:
+    def _begin_anew(self) -> None:
+        """After a change of what is read: forget answers and pieces, take up open documents."""
+        self._cache.clear()
+        self._contexts = self._new_contexts()
+        for uri, opened in self._documents.items():
+            self._withdraw(opened)
+            root, opened.path = self._place(uri)
+            opened.context = self._contexts[root]
+            opened.query_state = ()
+            document = opened.document
+            opened.context.opened(opened.path, document.text, document.language)
+
+    def _new_contexts(self) -> dict[Path | None, ContextBuilder]:
         settings = self._settings
         sizes = ContextSettings(
             prefix_lines=settings.prefix_lines,
             suffix_lines=settings.suffix_lines,
             max_context_tokens=settings.other_files_tokens,
         )
-        return ContextBuilder(self.root, sizes)
+        return {root: ContextBuilder(root, sizes) for root in self._roots}
 
-    def _path(self, uri: str) -> str:
-        """A document's path inside the project, for the model to read."""
+    def _place(self, uri: str) -> tuple[Path | None, str]:
+        """(project's folder, path inside it for the model to read) of a document."""
         parts = urlsplit(uri)
         path = unquote(parts.path) or uri
-        if parts.scheme == "file" and self.root is not None:
-            with contextlib.suppress(ValueError):
-                return Path(path).relative_to(self.root).as_posix()[:1024] or "untitled"
-        return Path(path).name[:1024] or "untitled"
+        if parts.scheme == "file":
+            full = Path(path)
+            inside = [root for root in self.roots if full.is_relative_to(root)]
+            if inside:
+                # Projects may lie in each other.
+                root = max(inside, key=lambda root: len(root.parts))
+                return root, full.relative_to(root).as_posix()[:1024] or "untitled"
+        return self._roots[0], Path(path).name[:1024] or "untitled"
+
+
+def _whole_lines(text: str) -> str:
+    """The part of a text that no later token can change, without its last line end."""
+    lines = text.rpartition("\n")[0]
+    return lines if lines.strip() else ""
 
 
 async def _nothing() -> list[Suggestion]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -97,7 +97,7 @@ class LanguageServer:
             "textDocument/completion": self._completion,
             "workspace/executeCommand": self._execute,
             "workspace/didChangeConfiguration": self._configuration_changed,
-            "workspace/didChangeWorkspaceFolders": _ignore,
+            "workspace/didChangeWorkspaceFolders": self._folders_changed,
         }
 
     async def close(self) -> None:
@@ -139,11 +139,10 @@ class LanguageServer:
             timeout_s=self._settings.timeout_ms / 1000,
             on_health=self._tell,
         )
-        folders = self._client.folders
         self._assistant = Assistant(
             self._service,
             self._settings,
-            folders[0] if folders else None,
+            self._client.folders,
             on_answer=self._answered,
             on_accept=self._accepted,
         )
@@ -220,6 +219,13 @@ class LanguageServer:
 
     # --- documents ---
 
+    def _folders_changed(self, params: dict[str, Any]) -> None:
+        event = params["event"]
+        removed = set(_folders(event.get("removed") or []))
+        kept = [folder for folder in self._helper.roots if folder not in removed]
+        added = _folders(event.get("added") or [])
+        self._helper.roots = list(dict.fromkeys([*kept, *added]))
+
     def _did_open(self, params: dict[str, Any]) -> None:
         item = params["textDocument"]
         self._helper.open(
@@ -288,9 +294,10 @@ class LanguageServer:
         uri = str(params["textDocument"]["uri"])
         document = self._helper.document(uri)
         # Clients of this method ask by themselves with the same kind as when a person asks, so
-        # that several suggestions, which cost more, are not made.
+        # that several suggestions, which cost more, are not made. Their menu does not grow by
+        # itself: whole answers only.
         asked = self._helper.complete(
-            uri, _position(params["position"]), self._client.encoding, invoked=False
+            uri, _position(params["position"]), self._client.encoding, whole=True
         )
         return self._menu_items(asked, document)
 
@@ -463,9 +470,9 @@ def _read_client(params: dict[str, Any]) -> _Client:
     inline = documents.get("inlineCompletion")
     item = (documents.get("completion") or {}).get("completionItem") or {}
     configuration = workspace.get("didChangeConfiguration") or {}
-    folders = [each["uri"] for each in params.get("workspaceFolders") or []]
+    folders = params.get("workspaceFolders") or []
     if not folders and params.get("rootUri"):
-        folders = [params["rootUri"]]
+        folders = [{"uri": params["rootUri"]}]
     return _Client(
         encoding=next((each for each in offered if each in ENCODINGS), "utf-16"),
         has_inline=inline is not None,
@@ -473,8 +480,15 @@ def _read_client(params: dict[str, Any]) -> _Client:
         registers_inline=bool((inline or {}).get("dynamicRegistration")),
         has_configuration=bool(workspace.get("configuration")),
         registers_configuration=bool(configuration.get("dynamicRegistration")),
-        folders=[Path(unquote(urlsplit(uri).path)) for uri in folders if uri.startswith("file:")],
+        folders=_folders(folders),
     )
+
+
+def _folders(values: Sequence[dict[str, Any]]) -> list[Path]:
+    """Those on this machine, each once, in their order."""
+    uris = [str(each["uri"]) for each in values]
+    paths = [Path(unquote(urlsplit(uri).path)) for uri in uris if uri.startswith("file:")]
+    return list(dict.fromkeys(paths))
 
 
 def _capabilities(client: _Client) -> dict[str, Any]:
@@ -482,6 +496,7 @@ def _capabilities(client: _Client) -> dict[str, Any]:
         "positionEncoding": client.encoding,
         "textDocumentSync": {"openClose": True, "change": 2, "save": {"includeText": False}},
         "executeCommandProvider": {"commands": sorted(COMMANDS)},
+        "workspace": {"workspaceFolders": {"supported": True, "changeNotifications": True}},
     }
     if not client.has_inline:
         capabilities["completionProvider"] = {"triggerCharacters": TRIGGERS}
@@ -510,7 +525,3 @@ def _word_before(line: str, column: int) -> str:
     while start > 0 and (line[start - 1].isalnum() or line[start - 1] == "_"):
         start -= 1
     return line[start:column]
-
-
-def _ignore(_params: Any) -> None:
-    """Do nothing."""

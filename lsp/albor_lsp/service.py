@@ -61,8 +61,6 @@ class Answer:
     """Geometric mean of the tokens' probabilities, where the server tells."""
     stopped_by: str | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
-    is_cut: bool = False
-    """The server left out context to be in time."""
     tokens: tuple[tuple[str, float], ...] = ()
     """(text, log-probability), where asked for."""
 
@@ -398,7 +396,6 @@ class _Collected:
 
     def finish(self) -> Answer:
         """The answer as a whole."""
-        fim = self._whole.get("fim") or {}
         return Answer(
             texts=tuple(self._texts[index] for index in sorted(self._texts)),
             confidence=self._choice.get("confidence"),
@@ -408,7 +405,6 @@ class _Collected:
                 for name, value in (self._whole.get("timings") or {}).items()
                 if isinstance(value, int | float)
             },
-            is_cut=any(fim.values()),
             tokens=tuple(self._tokens),
         )
 

@@ -80,7 +80,7 @@ class Settings:
         most=10_000,
     )
     first_token_budget_ms: int = _setting(
-        200,
+        80,
         "Context is cut so that the server needs about so long to read what it has not read yet; "
         "0 never cuts. Servers other than albor-serve ignore it.",
         least=0,

@@ -30,7 +30,7 @@ BASES: dict[str, dict[str, Any]] = {
     "/tokenize": {"content": "a"},
     "/detokenize": {"tokens": [1]},
 }
-TEXTS = {"prompt", "suffix", "content", "input_prefix", "input_suffix"}
+TEXTS = {"prompt", "prefix", "suffix", "content", "input_prefix", "input_suffix"}
 """Limited by the size of the body, and by the context."""
 CHECKED_BY_HAND = {"prompt", "stop", "logit_bias"}
 """Of several types: see the other tests here."""

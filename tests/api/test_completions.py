@@ -153,6 +153,24 @@ def test_logprobs_in_the_legacy_shape(http: httpx.Client) -> None:
     assert [o for part in streamed for o in part["text_offset"]] == logprobs["text_offset"]
 
 
+def test_the_token_that_ends_an_answer_has_its_logprob(live: Live, http: httpx.Client) -> None:
+    end = min(live.engine.tokenizer.eos_token_ids)
+    prompt = live.engine.tokenizer.encode("def f(x):\n")
+    body = {"prompt": prompt, "max_tokens": 1, "logit_bias": {str(end): 100}, "logprobs": 1}
+    scored = ask(http, echo=True, **body)["choices"][0]
+    assert scored["text"] == "def f(x):\n"
+    assert scored["finish_reason"] == "stop"
+    logprobs = scored["logprobs"]
+    # One for each token of the prompt and one for what was sampled: harnesses cut the last off.
+    assert {len(logprobs[key]) for key in logprobs} == {len(prompt) + 1}
+    assert logprobs["tokens"][-1] == ""
+    assert logprobs["text_offset"][-1] == len(scored["text"])
+    assert logprobs["token_logprobs"][-1] < 0
+    streamed = [c["logprobs"] for part in stream(http, **body) for c in part["choices"]]
+    (only,) = [part for part in streamed if part]
+    assert only["token_logprobs"] == pytest.approx(logprobs["token_logprobs"][-1:], abs=1e-3)
+
+
 def test_echo_with_logprobs_scores_text(live: Live, http: httpx.Client) -> None:
     prompt = "def add(a, b):\n    return a"
     scored = ask(http, prompt=prompt, echo=True, logprobs=1, max_tokens=0)["choices"][0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class Typist:
 
 @contextlib.asynccontextmanager
 async def assisted(
-    settings: Settings = QUIET, root: Path | None = None, **more: Any
+    settings: Settings = QUIET, roots: Sequence[Path] = (), **more: Any
 ) -> AsyncIterator[tuple[FakeServer, Assistant]]:
     async with FakeServer() as server:
 
@@ -62,7 +62,7 @@ async def assisted(
         service = Service(find)
         service.start()
         await until(lambda: service.is_ready)
-        assistant = Assistant(service, settings, root, **more)
+        assistant = Assistant(service, settings, roots, **more)
         try:
             yield server, assistant
         finally:
@@ -160,6 +160,49 @@ def test_the_suggestion_after_acceptance_is_there_already() -> None:
             person.type("first + second")
             assert await person.ask() == ["\n    return total"]
             assert len(server.asked) == 2
+
+    run(main())
+
+
+def test_a_long_answer_is_shown_line_by_line() -> None:
+    async def main() -> None:
+        seen: list[Explained] = []
+        async with assisted(on_answer=seen.append) as (server, assistant):
+            whole = "a = 1\n    b = 2\n    return a + b"
+            server.reply = lambda _body: whole
+            server.piece_delay_s = 0.03
+            person = Typist(assistant, HEAD.removesuffix("total = "))
+            assert (await person.ask())[0] in (whole[:5], whole[:15])
+            assert seen[-1].source == "partial"
+            assert seen[-1].is_new
+            # The rest is not asked for again: typing on shows what came meanwhile.
+            await asyncio.sleep(0.03 * len(whole))
+            person.type("a")
+            assert await person.ask() == [whole[1:]]
+            assert not seen[-1].is_new
+            assert len(server.bodies) == 1
+            # By hand, the whole answer is worth the wait.
+            person = Typist(assistant, HEAD.removesuffix("total = "))
+            assert (await person.ask(invoked=True))[0] == whole
+
+    run(main())
+
+
+def test_the_rest_of_an_answer_follows_its_accepted_lines() -> None:
+    async def main() -> None:
+        async with assisted() as (server, assistant):
+            whole = "a = 1\n    b = 2\n    c = 3\n    return a + b"
+            server.reply = lambda _body: whole
+            server.piece_delay_s = 0.03
+            person = Typist(assistant, HEAD.removesuffix("total = "))
+            (first,) = await person.ask()
+            assert first != whole
+            assert whole.startswith(first)
+            person.type(first)
+            rest = await person.ask()
+            assert rest
+            assert whole.startswith(first + rest[0])
+            assert len(server.bodies) == 1
 
     run(main())
 
@@ -293,6 +336,37 @@ def test_a_new_setting_makes_old_answers_stale() -> None:
             )
             await person.ask()
             assert [body["max_tokens"] for body in server.asked][1] == 5
+
+    run(main())
+
+
+def test_pieces_come_from_the_documents_own_project(tmp_path: Path) -> None:
+    async def main() -> None:
+        roots = [tmp_path / name for name in ("one", "two", "one/inner")]
+        settings = Settings(prefetch=False, warm_up=False, look_ahead=False)
+        async with assisted(settings, roots) as (server, assistant):
+            for root in roots:
+                lines = [f"    {root.name}_{at} = {at} * factor" for at in range(20)]
+                code = "\n".join([f"def of_{root.name}():", *lines, ""])
+                assistant.open((root / "helper.py").as_uri(), "python", code)
+
+            async def read_beside(path: Path) -> tuple[str, list[str]]:
+                assistant.open(path.as_uri(), "python", "x = \n")
+                await assistant.complete(path.as_uri(), Position(0, 4), "utf-16")
+                extension = server.bodies[-1]["albor"]
+                pieces = extension.get("extra_context", [])
+                return extension["path"], [piece["text"].split("(")[0] for piece in pieces]
+
+            assert await read_beside(roots[0] / "a.py") == ("a.py", ["def of_one"])
+            assert await read_beside(roots[1] / "b.py") == ("b.py", ["def of_two"])
+            # The innermost folder is a file's own.
+            assert await read_beside(roots[2] / "c.py") == ("c.py", ["def of_inner"])
+            # A folder that is closed: its files go with the first one.
+            assistant.roots = [roots[1]]
+            assert assistant.roots == (roots[1],)
+            path, pieces = await read_beside(roots[0] / "d.py")
+            assert path == "d.py"
+            assert "def of_two" in pieces
 
     run(main())
 

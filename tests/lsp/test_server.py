@@ -478,7 +478,33 @@ def _memory_kb(pid: int) -> int:
     return 0
 
 
-async def soak(folder: Path, seconds: float, seed: int = 0) -> tuple[int, int, list[int]]:
+def test_folders_come_and_go(tmp_path: Path) -> None:
+    async def main() -> None:
+        folders = [tmp_path / name for name in ("one", "two")]
+        first, second = [{"uri": each.as_uri(), "name": each.name} for each in folders]
+        async with FakeServer() as server, editor(tmp_path, server.url) as e:
+            server.reply = lambda _body: "1"
+            told = await e.hello(VSCODE, workspaceFolders=[first])
+            assert told["capabilities"]["workspace"]["workspaceFolders"]["supported"]
+            await e.wait_status("ready")
+            e.open((folders[1] / "b" / "m.py").as_uri(), "x = ")
+            place = {"line": 0, "character": 4}
+            context = {"triggerKind": 2}
+            document = {"uri": (folders[1] / "b" / "m.py").as_uri()}
+            question = {"textDocument": document, "position": place, "context": context}
+            await e.ask("textDocument/inlineCompletion", question)
+            assert server.bodies[-1]["albor"]["path"] == "m.py"
+            event = {"added": [second], "removed": [first]}
+            e.notify("workspace/didChangeWorkspaceFolders", {"event": event})
+            await e.ask("textDocument/inlineCompletion", question)
+            assert server.bodies[-1]["albor"]["path"] == "b/m.py"
+
+    run(main())
+
+
+async def soak(
+    folder: Path, seconds: float, seed: int = 0, pause_s: float = 0.0
+) -> tuple[int, int, list[int]]:
     """Random edits in three documents while the server dies and returns; every question gets an
     answer and every answer is for the right text. Returns (questions, restarts, memory in kB)."""
     rng = random.Random(seed)
@@ -532,6 +558,8 @@ async def soak(folder: Path, seconds: float, seed: int = 0) -> tuple[int, int, l
                 assert item["range"]["start"] == place
                 prompts[uri] = sent[-1]
             del server.bodies[:-200]
+            if pause_s:
+                await asyncio.sleep(rng.expovariate(1 / pause_s))
             if rng.random() < 0.003:
                 num_restarts += 1
                 await server.stop()
@@ -561,7 +589,7 @@ def test_soak(tmp_path: Path, pytestconfig: pytest.Config) -> None:
 
     async def main() -> None:
         seconds = float(pytestconfig.getoption("--soak-seconds"))
-        num_asked, num_restarts, memory = await soak(tmp_path, seconds)
+        num_asked, num_restarts, memory = await soak(tmp_path, seconds, pause_s=0.02)
         print(f"\n{num_asked} questions, {num_restarts} restarts, memory {memory} kB")
         early = max(memory[len(memory) // 5 : len(memory) // 2])
         assert memory[-1] < early * 1.15 + 2000
