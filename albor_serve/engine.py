@@ -11,18 +11,27 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from albor_serve.backends.base import Aborted, Backend, ExtendStep, LogitRows, LogitsFor
-from albor_serve.config import EngineConfig
+from albor_serve.backends.base import (
+    Aborted,
+    Backend,
+    DeviceDecoder,
+    ExtendStep,
+    LogitRows,
+    LogitsFor,
+)
+from albor_serve.config import MAX_DEVICE_STOPS, DevicePlan, EngineConfig
 from albor_serve.errors import (
     AlborError,
     BackendError,
@@ -59,10 +68,13 @@ logger = logging.getLogger(__name__)
 
 TokenArray = npt.NDArray[np.int32]
 EventSink = Callable[[Event], None]
+T = TypeVar("T")
 
 PROMPT_LOGPROBS_CHUNK_LEN = 32
 """Rows of logits are 4·vocab_size bytes each: few at a time keep memory flat."""
 MIN_BUSY_CHUNK_LEN = 8
+DEVICE_RUN_LEN = 16
+"""Tokens that a device decodes by itself before drafts and other requests are looked at again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -646,6 +658,9 @@ class Engine:
         if not ready:
             return
         drafts = [self._draft(sequence) if len(ready) == 1 else () for sequence in ready]
+        if len(ready) == 1 and not drafts[0] and self._can_leave_to_device(ready[0]):
+            self._decode_on_device(ready[0])
+            return
         steps = []
         for sequence, draft in zip(ready, drafts, strict=True):
             slot = sequence.held_slot
@@ -660,6 +675,61 @@ class Engine:
             self._draft_policy.observe_step(steps[0].num_rows, took_ms)
         for sequence, draft, rows in zip(ready, drafts, logits, strict=True):
             self._take_rows(sequence, rows, draft)
+
+    def _can_leave_to_device(self, sequence: _Sequence) -> bool:
+        """Whether the backend can choose this sequence's tokens as the engine would.
+
+        A seeded text must not depend on what else runs, so its draws stay with the host.
+        """
+        sampling = sequence.request.sampling
+        return (
+            isinstance(self._backend, DeviceDecoder)
+            and sequence.forced is None
+            and sampling.num_logprobs is None
+            and (sampling.is_greedy or sampling.seed is None)
+            and len(self._stop_ids(sequence)) <= MAX_DEVICE_STOPS
+        )
+
+    def _stop_ids(self, sequence: _Sequence) -> frozenset[int]:
+        return sequence.request.stop_token_ids | frozenset(self._tokenizer.eos_token_ids)
+
+    def _decode_on_device(self, sequence: _Sequence) -> None:
+        """Up to DEVICE_RUN_LEN tokens without logits on the host."""
+        backend = self._backend
+        assert isinstance(backend, DeviceDecoder)
+        request, slot = sequence.request, sequence.held_slot
+        generated = Counter(slot.tokens[sequence.prompt.size : sequence.num_tokens].tolist())
+        plan = DevicePlan(
+            request.sampling,
+            max_new_tokens=min(
+                DEVICE_RUN_LEN,
+                self._max_seq_len - sequence.num_tokens,
+                request.max_new_tokens - sequence.timings.num_new_tokens,
+            ),
+            seed=0 if request.sampling.is_greedy else secrets.randbits(64),
+            stop_token_ids=tuple(sorted(self._stop_ids(sequence))),
+            banned=tuple(self._tokenizer.eos_token_ids) if request.ignore_eos else (),
+            prompt=request.prompt,
+            counts=tuple(generated.items()),
+        )
+        reason: FinishReason | None = None
+
+        def on_token(token_id: int) -> bool:
+            nonlocal reason
+            infos: list[TokenInfo] = []
+            text = self._accept(sequence, Sampled(token_id), infos)
+            sequence.has_line_end = sequence.has_line_end or "\n" in text
+            reason = self._end_of(sequence, token_id)
+            if reason is not None:
+                text += self._flush(sequence)
+            if text or infos:
+                self._emit(sequence, Delta(text, tuple(infos)))
+            return reason is None and not sequence.is_cancelled and not self._inbox
+
+        last = int(slot.tokens[sequence.num_tokens - 1])
+        self._call([sequence], lambda: backend.decode(slot.index, last, plan, on_token))
+        if reason is not None and sequence.slot is not None:
+            self._finish(sequence, reason)
 
     def _is_ready_to_decode(self, sequence: _Sequence) -> bool:
         """Make the cache hold all tokens but the last; False sends it back to prefill.
@@ -800,15 +870,19 @@ class Engine:
     def _extend(
         self, sequences: Sequence[_Sequence], steps: Sequence[ExtendStep]
     ) -> list[LogitRows] | None:
-        """One backend call for these sequences; None if it was aborted or failed."""
+        """Logits of one backend call for these sequences; None if it was aborted or failed."""
+        return self._call(sequences, lambda: self._backend.extend(steps))
+
+    def _call(self, sequences: Sequence[_Sequence], call: Callable[[], T]) -> T | None:
+        """What a call of the backend returns; None if it was aborted or failed."""
         with self._lock:
             if all(sequence.is_cancelled for sequence in sequences):
                 return None
             self._backend.abort.clear()
             self._in_flight = tuple(sequences)
-        logits = None
+        result = None
         try:
-            logits = self._backend.extend(steps)
+            result = call()
         except Aborted:
             pass
         except BackendError as error:
@@ -817,11 +891,11 @@ class Engine:
         finally:
             with self._lock:
                 self._in_flight = ()
-                self._num_steps += logits is not None
+                self._num_steps += result is not None
         for sequence in sequences:
             slot = sequence.held_slot
             slot.cached_len = self._backend.length(slot.index)
-        return logits
+        return result
 
     def _rewind(self, slot: Slot, length: int) -> None:
         self._backend.rewind(slot.index, length)
