@@ -36,7 +36,7 @@ from albor_serve.healing import ForcedBytes, TokenIndex
 from albor_serve.histogram import EngineMetrics, HistogramView
 from albor_serve.kv_slots import Slot, SlotTable, common_prefix_len
 from albor_serve.sampler import Sampled, Sampler, log_softmax, top_logprobs
-from albor_serve.scopes import ScopeGuard
+from albor_serve.scopes import LexerMemo, ScopeGuard
 from albor_serve.sequence import (
     CodeAround,
     Delta,
@@ -213,6 +213,7 @@ class Engine:
         self._draft_policy: DraftPolicy | None = None
         self._token_index: TokenIndex | None = None
         self._ids = count(1)
+        self._lexers = LexerMemo()
 
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
@@ -382,7 +383,7 @@ class Engine:
             sampler=Sampler(request.sampling, vocab_size, request.prompt, banned),
             text=TextAssembler(request.stop),
             indent=IndentGuard(request.min_indent),
-            guard=ScopeGuard(request.stop_scope, code.before, code.after, code.path),
+            guard=ScopeGuard(request.stop_scope, code.before, code.after, code.path, self._lexers),
             drafts=lookup_text(request.prompt, request.drafts),
         )
 

@@ -25,6 +25,7 @@ __all__ = [
     "detect_template",
     "fim_document",
     "heal_text",
+    "split_written",
 ]
 
 
@@ -105,6 +106,24 @@ def detect_template(
             continue
         return template
     return None
+
+
+def split_written(template: FimTemplate | None, prompt: str) -> tuple[str, str] | None:
+    """(prefix, suffix) of a prompt that a client wrote out itself with the prefix first.
+
+    Editors that write control tokens themselves know Qwen's order, and a model that learned the
+    same tokens with the suffix first fills in several times worse from it. None for any other
+    prompt, the model's own order included.
+    """
+    if template is None or template.family != "albor":
+        return None
+    begin, middle, end = _PIPED
+    if not (prompt.startswith(begin) and prompt.endswith(end)):
+        return None
+    prefix, found, suffix = prompt[len(begin) : -len(end)].partition(middle)
+    if not found or not prefix or any(each in prefix + "\0" + suffix for each in _PIPED):
+        return None
+    return prefix, suffix
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from albor_serve.errors import (
 )
 from albor_serve.fim import FimTemplate, detect_template
 from albor_serve.kernels.cpu_decode import best_instruction_set
+from albor_serve.token_memo import LineMemoTokenizer, can_be_cut_at_lines
 from albor_serve.tokenizer import Tokenizer
 from albor_serve.trial import try_in_child
 
@@ -243,6 +244,8 @@ def load_model(
         tokenizer: Tokenizer = opened.tokenizer
         if folder is not None:
             tokenizer = choose_tokenizer(opened.tokenizer, folder / "tokenizer.json")
+        if can_be_cut_at_lines(_metadata_text(header, "tokenizer.ggml.pre") or ""):
+            tokenizer = LineMemoTokenizer(tokenizer)
         full_name = _metadata_text(header, "general.name") or ""
         name = (folder or path).name.removesuffix(".gguf")
         template = detect_template(

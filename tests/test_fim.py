@@ -17,6 +17,7 @@ from albor_serve.fim import (
     detect_template,
     fim_document,
     heal_text,
+    split_written,
 )
 from tests.fakes import ByteTokenizer
 
@@ -275,3 +276,25 @@ def test_a_window_moves_in_steps_as_text_is_typed() -> None:
         suffixes.add(prompt.num_suffix_dropped)
     assert len(starts) <= 4
     assert len(suffixes) <= 5
+
+
+@pytest.mark.parametrize(
+    ("prompt", "parts"),
+    [
+        ("<|fim_prefix|>a\n<|fim_suffix|>b<|fim_middle|>", ("a\n", "b")),
+        ("<|fim_prefix|>a<|fim_suffix|><|fim_middle|>", ("a", "")),
+        ("<|fim_prefix|><|fim_suffix|>b<|fim_middle|>a", None),  # the model's own order
+        ("<|fim_prefix|><|fim_suffix|>b<|fim_middle|>", None),
+        ("<|fim_prefix|>a<|fim_suffix|>b<|fim_middle|>c", None),
+        ("x<|fim_prefix|>a<|fim_suffix|>b<|fim_middle|>", None),
+        ("<|fim_prefix|>a<|fim_suffix|>b<|fim_suffix|>c<|fim_middle|>", None),
+        ("<|fim_prefix|>a<|fim_middle|>b<|fim_suffix|>c<|fim_middle|>", None),
+        ("<|fim_prefix|>a<|fim_middle|>", None),
+        ("a", None),
+        ("", None),
+    ],
+)
+def test_a_prompt_in_the_other_order_is_split(prompt: str, parts: tuple[str, str] | None) -> None:
+    assert split_written(TEMPLATES["albor"], prompt) == parts
+    assert split_written(TEMPLATES["qwen2.5-coder"], prompt) is None
+    assert split_written(None, prompt) is None

@@ -22,7 +22,14 @@ from albor_serve.api.schemas import AlborOptions, Prompt
 from albor_serve.config import SamplingParams
 from albor_serve.engine import Engine, Ticket
 from albor_serve.errors import AlborError, EngineClosedError, PromptTooLongError, RequestError
-from albor_serve.fim import ExtraFile, FimPrompt, FimTemplate, build_fim_prompt, heal_text
+from albor_serve.fim import (
+    ExtraFile,
+    FimPrompt,
+    FimTemplate,
+    build_fim_prompt,
+    heal_text,
+    split_written,
+)
 from albor_serve.sequence import (
     CodeAround,
     Delta,
@@ -204,6 +211,11 @@ def _plan_prompt(served: ServedModel, spec: CompletionSpec, prompt: Prompt) -> _
         text = prompt + options.typed_ahead
     else:
         text = tokenizer.decode(prompt).decode("utf-8", "replace")
+    if isinstance(prompt, str) and spec.fim_suffix is None and not spec.echo:
+        written = split_written(served.template, prompt)
+        if written is not None:
+            text = written[0] + options.typed_ahead
+            spec = replace(spec, fim_suffix=written[1])
     code = CodeAround(text, spec.fim_suffix or "", options.path)
     if spec.fim_suffix is not None:
         fim, growth = _fim_prompt(served, spec, text)

@@ -229,7 +229,9 @@ def _gpu() -> Finding:
 
 def _attempt() -> Finding:
     """Start a language server and ask it for a suggestion, as an editor does."""
-    command = [sys.executable, "-c", "import sys; from albor_lsp.cli import main; sys.exit(main())"]
+    # -P: nothing is imported from the folder that the person stands in.
+    code = "import sys; from albor_lsp.cli import main; sys.exit(main())"
+    command = [sys.executable, "-P", "-c", code]
     process = subprocess.Popen(  # noqa: S603 - this Python
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )

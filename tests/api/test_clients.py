@@ -190,3 +190,14 @@ def test_the_servers_least_confidence_is_for_suggestions_that_do_not_say(
         assert http.post("/v1/completions", json=asked).json()["choices"][0]["text"]
         body = {"input_prefix": PREFIX, "input_suffix": SUFFIX, "n_predict": 12, "temperature": 0}
         assert http.post("/infill", json=body).json()["content"] == ""
+
+
+def test_a_prompt_written_out_in_qwens_order_is_understood(http: httpx.Client) -> None:
+    """As Zed and others send it, with the stop strings of all families."""
+    stops = ["<|endoftext|>", "<|fim_pad|>", "<|fim_prefix|>", "<fim_prefix>", "<PRE>", "[SUFFIX]"]
+    written = f"<|fim_prefix|>{PREFIX}<|fim_suffix|>{SUFFIX}<|fim_middle|>"
+    body = {"prompt": written, "max_tokens": 12, "temperature": 0, "stop": stops}
+    for path in ("/v1/completions", "/completion"):
+        answer = http.post(path, json=body).json()
+        text = answer["choices"][0]["text"] if "choices" in answer else answer["content"]
+        assert text == plain(http, stop=stops)

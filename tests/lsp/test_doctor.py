@@ -165,3 +165,15 @@ def test_a_language_server_that_never_answers_does_not_hold_up_the_doctor(
     assert time.perf_counter() - start < 10
     assert finding.verdict == "bad"
     assert finding.what == "a suggestion: none within 0.5 s"
+
+
+def test_the_folder_that_it_is_run_in_lends_it_no_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("numbers", "asyncio", "albor_lsp"):
+        (tmp_path / f"{name}.py").write_text("open('was-run', 'w').close()\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ALBOR_SERVER_URL", "http://127.0.0.1:9")
+    *_, finding = examine()
+    assert finding.what == "a suggestion: offline"
+    assert not (tmp_path / "was-run").exists()
