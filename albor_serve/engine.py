@@ -241,6 +241,7 @@ class Engine:
         self._num_steps = 0
         self._metrics = EngineMetrics()
 
+        self._is_measured = threading.Event()
         self._thread = threading.Thread(target=self._run, name="albor-engine", daemon=True)
 
     @property
@@ -261,10 +262,15 @@ class Engine:
     # ---- other threads ---------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the engine's thread; call it once."""
+        """Start the engine's thread and wait until it has measured the backend; call it once.
+
+        So the first request's time for its first token is kept, too. A backend that fails
+        meanwhile is told of by `submit` and `stats`.
+        """
         with self._lock:
             self._state = "running"
         self._thread.start()
+        self._is_measured.wait()
 
     def submit(self, request: GenerateRequest, on_event: EventSink) -> Ticket:
         """Queue a request; `on_event` gets its events on the engine's thread.
@@ -436,6 +442,7 @@ class Engine:
     def _run(self) -> None:
         try:
             self._measure()
+            self._is_measured.set()
             while self._take_in():
                 self._drop_ended()
                 self._admit()
@@ -446,6 +453,7 @@ class Engine:
         finally:
             with self._lock:
                 self._state = "closed"
+            self._is_measured.set()
             self._backend.close()
 
     def _measure(self) -> None:
