@@ -36,6 +36,7 @@ fuzz: install
 	$(VENV)/bin/python -m fuzz.coverage_guided gguf --seconds $(FUZZ_SECONDS)
 	$(VENV)/bin/python -m fuzz.coverage_guided hf --seconds $(FUZZ_SECONDS)
 	$(VENV)/bin/python -m fuzz.coverage_guided load --seconds $(FUZZ_SECONDS)
+	$(VENV)/bin/python -m fuzz.coverage_guided foreign --seconds $(FUZZ_SECONDS)
 
 bench:
 	sh scripts/install dev

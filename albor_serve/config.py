@@ -13,7 +13,15 @@ from typing import Literal
 
 from albor_serve.errors import ConfigError, RequestError
 
-__all__ = ["Architecture", "EngineConfig", "ModelConfig", "RopeConfig", "SamplingParams"]
+__all__ = [
+    "MAX_DEVICE_STOPS",
+    "Architecture",
+    "DevicePlan",
+    "EngineConfig",
+    "ModelConfig",
+    "RopeConfig",
+    "SamplingParams",
+]
 
 Architecture = Literal["llama", "qwen2", "qwen3"]
 
@@ -219,6 +227,35 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature == 0.0 or self.top_k == 1
+
+
+MAX_DEVICE_STOPS = 32
+"""Stop tokens that a device looks for."""
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePlan:
+    """What a device may decode by itself, without asking the host."""
+
+    sampling: SamplingParams
+    max_new_tokens: int
+    seed: int = 0
+    """Of the draws, 64 bits; sampling.seed is not looked at."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens after which nothing comes; they are part of the result."""
+    banned: tuple[int, ...] = ()
+    """Tokens that are never chosen."""
+    prompt: tuple[int, ...] = ()
+    """Tokens that the repetition penalty applies to from the start."""
+    counts: tuple[tuple[int, int], ...] = ()
+    """(token id, how often it was generated before)."""
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether penalties, a bias or a ban change the logits."""
+        rules = self.sampling
+        penalties = rules.repetition_penalty != 1.0 or rules.frequency_penalty
+        return bool(penalties or rules.presence_penalty or rules.logit_bias or self.banned)
 
 
 def _check_range(

@@ -11,18 +11,27 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from albor_serve.backends.base import Aborted, Backend, ExtendStep, LogitRows, LogitsFor
-from albor_serve.config import EngineConfig
+from albor_serve.backends.base import (
+    Aborted,
+    Backend,
+    DeviceDecoder,
+    ExtendStep,
+    LogitRows,
+    LogitsFor,
+)
+from albor_serve.config import MAX_DEVICE_STOPS, DevicePlan, EngineConfig
 from albor_serve.errors import (
     AlborError,
     BackendError,
@@ -36,7 +45,7 @@ from albor_serve.healing import ForcedBytes, TokenIndex
 from albor_serve.histogram import EngineMetrics, HistogramView
 from albor_serve.kv_slots import Slot, SlotTable, common_prefix_len
 from albor_serve.sampler import Sampled, Sampler, log_softmax, top_logprobs
-from albor_serve.scopes import ScopeGuard
+from albor_serve.scopes import LexerMemo, ScopeGuard
 from albor_serve.sequence import (
     CodeAround,
     Delta,
@@ -59,10 +68,13 @@ logger = logging.getLogger(__name__)
 
 TokenArray = npt.NDArray[np.int32]
 EventSink = Callable[[Event], None]
+T = TypeVar("T")
 
 PROMPT_LOGPROBS_CHUNK_LEN = 32
 """Rows of logits are 4·vocab_size bytes each: few at a time keep memory flat."""
 MIN_BUSY_CHUNK_LEN = 8
+DEVICE_RUN_LEN = 16
+"""Tokens that a device decodes by itself before drafts and other requests are looked at again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +225,7 @@ class Engine:
         self._draft_policy: DraftPolicy | None = None
         self._token_index: TokenIndex | None = None
         self._ids = count(1)
+        self._lexers = LexerMemo()
 
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
@@ -228,6 +241,7 @@ class Engine:
         self._num_steps = 0
         self._metrics = EngineMetrics()
 
+        self._is_measured = threading.Event()
         self._thread = threading.Thread(target=self._run, name="albor-engine", daemon=True)
 
     @property
@@ -248,10 +262,15 @@ class Engine:
     # ---- other threads ---------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the engine's thread; call it once."""
+        """Start the engine's thread and wait until it has measured the backend; call it once.
+
+        So the first request's time for its first token is kept, too. A backend that fails
+        meanwhile is told of by `submit` and `stats`.
+        """
         with self._lock:
             self._state = "running"
         self._thread.start()
+        self._is_measured.wait()
 
     def submit(self, request: GenerateRequest, on_event: EventSink) -> Ticket:
         """Queue a request; `on_event` gets its events on the engine's thread.
@@ -268,9 +287,10 @@ class Engine:
                 raise self._failure
             if self._state != "running":
                 raise EngineClosedError("the server is shutting down: try again later")
-            self._check_queue()
-            if request.session is not None and request.supersede:
-                self._supersede(request.session, request.group)
+            stale = self._superseded_by(request)
+            self._check_queue(stale)
+            for other in stale:
+                self._mark_cancelled(other)
             self._inbox.append(sequence)
             self._num_requests += 1
             # A background warm-up must not delay a person.
@@ -376,25 +396,34 @@ class Engine:
             sampler=Sampler(request.sampling, vocab_size, request.prompt, banned),
             text=TextAssembler(request.stop),
             indent=IndentGuard(request.min_indent),
-            guard=ScopeGuard(request.stop_scope, code.before, code.after, code.path),
+            guard=ScopeGuard(request.stop_scope, code.before, code.after, code.path, self._lexers),
             drafts=lookup_text(request.prompt, request.drafts),
         )
 
-    def _check_queue(self) -> None:
+    def _check_queue(self, stale: Sequence[_Sequence]) -> None:
+        """Refuse a request if too many wait; `stale` ones will make room for it."""
         num_free = sum(not slot.is_busy for slot in self._slots.slots)
-        num_waiting = len(self._inbox) + len(self._waiting)
+        # Cancelled ones leave at the engine's next turn: they must not cost others an answer.
+        num_waiting = sum(
+            not sequence.is_cancelled and sequence not in stale
+            for sequence in (*self._inbox, *self._waiting)
+        )
         if num_waiting >= self._config.max_queue_len + num_free:
             raise QueueFullError(
                 f"{num_waiting} requests are waiting already and the limit is "
                 f"{self._config.max_queue_len}: try again later or start the server with more slots"
             )
 
-    def _supersede(self, session: str, group: str | None) -> None:
-        for sequence in (*self._inbox, *self._waiting, *self._running):
-            request = sequence.request
-            same_group = group is not None and request.group == group
-            if request.session == session and not same_group:
-                self._mark_cancelled(sequence)
+    def _superseded_by(self, request: GenerateRequest) -> list[_Sequence]:
+        """Requests of the same session that a new one makes stale."""
+        if request.session is None or not request.supersede:
+            return []
+        return [
+            sequence
+            for sequence in (*self._inbox, *self._waiting, *self._running)
+            if sequence.request.session == request.session
+            and (request.group is None or sequence.request.group != request.group)
+        ]
 
     def _cancel(self, sequence: _Sequence) -> None:
         with self._lock:
@@ -413,6 +442,7 @@ class Engine:
     def _run(self) -> None:
         try:
             self._measure()
+            self._is_measured.set()
             while self._take_in():
                 self._drop_ended()
                 self._admit()
@@ -423,6 +453,7 @@ class Engine:
         finally:
             with self._lock:
                 self._state = "closed"
+            self._is_measured.set()
             self._backend.close()
 
     def _measure(self) -> None:
@@ -635,6 +666,9 @@ class Engine:
         if not ready:
             return
         drafts = [self._draft(sequence) if len(ready) == 1 else () for sequence in ready]
+        if len(ready) == 1 and not drafts[0] and self._can_leave_to_device(ready[0]):
+            self._decode_on_device(ready[0])
+            return
         steps = []
         for sequence, draft in zip(ready, drafts, strict=True):
             slot = sequence.held_slot
@@ -649,6 +683,61 @@ class Engine:
             self._draft_policy.observe_step(steps[0].num_rows, took_ms)
         for sequence, draft, rows in zip(ready, drafts, logits, strict=True):
             self._take_rows(sequence, rows, draft)
+
+    def _can_leave_to_device(self, sequence: _Sequence) -> bool:
+        """Whether the backend can choose this sequence's tokens as the engine would.
+
+        A seeded text must not depend on what else runs, so its draws stay with the host.
+        """
+        sampling = sequence.request.sampling
+        return (
+            isinstance(self._backend, DeviceDecoder)
+            and sequence.forced is None
+            and sampling.num_logprobs is None
+            and (sampling.is_greedy or sampling.seed is None)
+            and len(self._stop_ids(sequence)) <= MAX_DEVICE_STOPS
+        )
+
+    def _stop_ids(self, sequence: _Sequence) -> frozenset[int]:
+        return sequence.request.stop_token_ids | frozenset(self._tokenizer.eos_token_ids)
+
+    def _decode_on_device(self, sequence: _Sequence) -> None:
+        """Up to DEVICE_RUN_LEN tokens without logits on the host."""
+        backend = self._backend
+        assert isinstance(backend, DeviceDecoder)
+        request, slot = sequence.request, sequence.held_slot
+        generated = Counter(slot.tokens[sequence.prompt.size : sequence.num_tokens].tolist())
+        plan = DevicePlan(
+            request.sampling,
+            max_new_tokens=min(
+                DEVICE_RUN_LEN,
+                self._max_seq_len - sequence.num_tokens,
+                request.max_new_tokens - sequence.timings.num_new_tokens,
+            ),
+            seed=0 if request.sampling.is_greedy else secrets.randbits(64),
+            stop_token_ids=tuple(sorted(self._stop_ids(sequence))),
+            banned=tuple(self._tokenizer.eos_token_ids) if request.ignore_eos else (),
+            prompt=request.prompt,
+            counts=tuple(generated.items()),
+        )
+        reason: FinishReason | None = None
+
+        def on_token(token_id: int) -> bool:
+            nonlocal reason
+            infos: list[TokenInfo] = []
+            text = self._accept(sequence, Sampled(token_id), infos)
+            sequence.has_line_end = sequence.has_line_end or "\n" in text
+            reason = self._end_of(sequence, token_id)
+            if reason is not None:
+                text += self._flush(sequence)
+            if text or infos:
+                self._emit(sequence, Delta(text, tuple(infos)))
+            return reason is None and not sequence.is_cancelled and not self._inbox
+
+        last = int(slot.tokens[sequence.num_tokens - 1])
+        self._call([sequence], lambda: backend.decode(slot.index, last, plan, on_token))
+        if reason is not None and sequence.slot is not None:
+            self._finish(sequence, reason)
 
     def _is_ready_to_decode(self, sequence: _Sequence) -> bool:
         """Make the cache hold all tokens but the last; False sends it back to prefill.
@@ -789,15 +878,19 @@ class Engine:
     def _extend(
         self, sequences: Sequence[_Sequence], steps: Sequence[ExtendStep]
     ) -> list[LogitRows] | None:
-        """One backend call for these sequences; None if it was aborted or failed."""
+        """Logits of one backend call for these sequences; None if it was aborted or failed."""
+        return self._call(sequences, lambda: self._backend.extend(steps))
+
+    def _call(self, sequences: Sequence[_Sequence], call: Callable[[], T]) -> T | None:
+        """What a call of the backend returns; None if it was aborted or failed."""
         with self._lock:
             if all(sequence.is_cancelled for sequence in sequences):
                 return None
             self._backend.abort.clear()
             self._in_flight = tuple(sequences)
-        logits = None
+        result = None
         try:
-            logits = self._backend.extend(steps)
+            result = call()
         except Aborted:
             pass
         except BackendError as error:
@@ -806,11 +899,11 @@ class Engine:
         finally:
             with self._lock:
                 self._in_flight = ()
-                self._num_steps += logits is not None
+                self._num_steps += result is not None
         for sequence in sequences:
             slot = sequence.held_slot
             slot.cached_len = self._backend.length(slot.index)
-        return logits
+        return result
 
     def _rewind(self, slot: Slot, length: int) -> None:
         self._backend.rewind(slot.index, length)

@@ -18,7 +18,7 @@ from albor_serve.backends.llamacpp_tokenizer import LlamaCppTokenizer, choose_to
 from albor_serve.checkpoint import GgufCheckpoint
 from albor_serve.checkpoint.gguf_header import GgufHeader, open_gguf_header
 from albor_serve.checkpoint.lora import LoraAdapter, adapter_gguf
-from albor_serve.checkpoint.preflight import check_for_native
+from albor_serve.checkpoint.preflight import check_for_native, is_wholly_checked
 from albor_serve.config import EngineConfig, ModelConfig
 from albor_serve.engine import Engine
 from albor_serve.errors import (
@@ -29,8 +29,8 @@ from albor_serve.errors import (
 )
 from albor_serve.fim import FimTemplate, detect_template
 from albor_serve.kernels.cpu_decode import best_instruction_set
+from albor_serve.token_memo import LineMemoTokenizer, can_be_cut_at_lines
 from albor_serve.tokenizer import Tokenizer
-from albor_serve.trial import try_in_child
 
 __all__ = [
     "EMBEDDED_MODEL",
@@ -227,11 +227,15 @@ def load_model(
     path, folder = _resolve(source, report)
     header = open_gguf_header(path)
     check_for_native(header)
-    try_in_child(GgufCheckpoint(header), report)
     config = _engine_config(header, options)
     _check_memory(header, config)
+    checkpoint = GgufCheckpoint(header)
+    if not is_wholly_checked(checkpoint):
+        from albor_serve.trial import try_in_child
+
+        try_in_child(checkpoint, report)
     opened = open_backend(
-        GgufCheckpoint(header),
+        checkpoint,
         config.num_slots,
         config.max_seq_len,
         choice=options.backend,
@@ -243,6 +247,8 @@ def load_model(
         tokenizer: Tokenizer = opened.tokenizer
         if folder is not None:
             tokenizer = choose_tokenizer(opened.tokenizer, folder / "tokenizer.json")
+        if can_be_cut_at_lines(_metadata_text(header, "tokenizer.ggml.pre") or ""):
+            tokenizer = LineMemoTokenizer(tokenizer)
         full_name = _metadata_text(header, "general.name") or ""
         name = (folder or path).name.removesuffix(".gguf")
         template = detect_template(

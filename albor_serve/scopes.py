@@ -8,12 +8,15 @@ indentation, strings and comments are enough in nearly all languages.
 
 from __future__ import annotations
 
+import copy
 import re
+import threading
+from collections import deque
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Final, Literal
 
-__all__ = ["Ending", "ScopeGuard", "StopScope", "Style", "style_of"]
+__all__ = ["Ending", "LexerMemo", "ScopeGuard", "StopScope", "Style", "style_of"]
 
 StopScope = Literal["line", "block", "scope", "none"]
 """line: one line. block: the statement that the cursor's line begins, or else the paragraph.
@@ -27,6 +30,7 @@ _CLOSERS: Final = frozenset(_OPENERS.values())
 
 MAX_LOOK_CHARS: Final = 6144
 """How much of the code around the cursor is read; farther brackets count as not there."""
+LOOK_STEP_CHARS: Final = 1024
 MIN_REPEAT_WORD_CHARS: Final = 3
 """A following line with fewer letters and digits (a bracket, `fi`) repeats by chance."""
 TAB_WIDTH: Final = 4
@@ -133,6 +137,12 @@ class _Lexer:
     def is_in_text(self) -> bool:
         """Whether the next line belongs to a string or a comment."""
         return self._ends_at is not None and self._is_long
+
+    def copy(self) -> _Lexer:
+        """One that goes on from here by itself."""
+        other = copy.copy(self)
+        other.open = list(self.open)
+        return other
 
     def read(self, text: str) -> None:
         """Read what `feed` would, several characters at a time where they are plain."""
@@ -250,6 +260,36 @@ class _Lexer:
         self.last_code = ""
 
 
+class LexerMemo:
+    """Lexers that have read the code before a cursor: the next keystroke's code goes on from it.
+
+    Safe to use from several threads.
+    """
+
+    MAX_LEXERS = 16
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: deque[tuple[Style, str, _Lexer]] = deque(maxlen=self.MAX_LEXERS)
+
+    def lexer(self, style: Style, code: str) -> _Lexer:
+        """A lexer that has read `code`; the caller's own."""
+        lines = code[: code.rfind("\n") + 1]
+        with self._lock:
+            known = tuple(self._known)
+        best = ""
+        lexer = _Lexer(style)
+        for other, text, that in known:
+            if other == style and len(text) > len(best) and lines.startswith(text):
+                best, lexer = text, that.copy()
+        lexer.read(lines[len(best) :])
+        if len(lines) > len(best):
+            with self._lock:
+                self._known.append((style, lines, lexer.copy()))
+        lexer.read(code[len(lines) :])
+        return lexer
+
+
 class ScopeGuard:
     """Ends an answer where its scope is over; what it has released it never takes back.
 
@@ -259,9 +299,15 @@ class ScopeGuard:
     """
 
     def __init__(
-        self, scope: StopScope, fim_prefix: str, fim_suffix: str, path: str | None = None
+        self,
+        scope: StopScope,
+        fim_prefix: str,
+        fim_suffix: str,
+        path: str | None = None,
+        memo: LexerMemo | None = None,
     ) -> None:
-        """Read the code around the cursor; `path` only tells the language."""
+        """Read the code around the cursor; `path` only tells the language. A `memo` that is kept
+        from one guard to the next saves reading most of it again."""
         self._scope = scope
         self._stopped_by: Ending | None = None
         self._held = ""
@@ -269,11 +315,12 @@ class ScopeGuard:
             return
         self._ending: Ending = scope
         self._style = style_of(path, fim_prefix[-MAX_LOOK_CHARS:] + fim_suffix[:1024])
-        look_start = max(0, len(fim_prefix) - MAX_LOOK_CHARS)
+        # In steps, so that typing rarely moves the start.
+        look_start = max(0, len(fim_prefix) - MAX_LOOK_CHARS) // LOOK_STEP_CHARS * LOOK_STEP_CHARS
         if look_start:
             look_start = fim_prefix.find("\n", look_start) + 1
-        lexer = self._lexer = _Lexer(self._style)
-        lexer.read(fim_prefix[look_start:])
+        memo = memo or LexerMemo()
+        lexer = self._lexer = memo.lexer(self._style, fim_prefix[look_start:])
         fim_suffix = fim_suffix[:MAX_LOOK_CHARS]
         self._closed_later = _closed_by(lexer, self._style, fim_suffix)
         self._first_line = lexer.line

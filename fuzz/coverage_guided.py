@@ -32,7 +32,7 @@ MAX_INPUT_BYTES = 1 << 18
 def main() -> int:
     """Run one target for a time; 1 if anything was found."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("target", choices=("gguf", "hf", "load"))
+    parser.add_argument("target", choices=("gguf", "hf", "load", "foreign"))
     parser.add_argument("--seconds", type=int, default=1800)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -74,9 +74,9 @@ def _child(target: str, seconds: int) -> None:
     from fuzz import seeds
 
     run = loaders.TARGETS[target]
-    is_hf = target == "hf"
-    originals = seeds.hf_seeds() if is_hf else seeds.gguf_seeds()
-    mutate = seeds.mutate_hf if is_hf else seeds.mutate_gguf
+    make_seeds = {"hf": seeds.hf_seeds, "foreign": seeds.foreign_seeds}
+    originals = make_seeds.get(target, seeds.gguf_seeds)()
+    mutate = seeds.mutate_hf if target == "hf" else seeds.mutate_gguf
     corpus = CORPUS / target
     corpus.mkdir(parents=True, exist_ok=True)
     for seed in originals:

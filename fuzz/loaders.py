@@ -104,7 +104,9 @@ TARGETS: Final[dict[str, Callable[[bytes], bool]]] = {
     "gguf": gguf_target,
     "hf": hf_target,
     "load": load_target,
+    "foreign": load_target,
 }
+"""By name; foreign files are loaded by a child process first, which may crash."""
 
 
 def _run(checkpoint: GgufCheckpoint) -> None:

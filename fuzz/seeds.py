@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from albor_serve.checkpoint.gguf_header import GgufHeader, open_gguf_header
+from tests.fixtures_foreign import FOREIGN
 from tests.fixtures_tiny import (
     ROPE_SCALINGS,
     FileType,
@@ -27,6 +28,7 @@ from tests.fixtures_tiny import (
 
 __all__ = [
     "FOLDER_FILES",
+    "foreign_seeds",
     "gguf_seeds",
     "hf_seeds",
     "mutate_gguf",
@@ -175,6 +177,13 @@ def gguf_seeds() -> list[bytes]:
             )
             seeds.append(path.read_bytes())
     return seeds
+
+
+def foreign_seeds() -> list[bytes]:
+    """Small GGUF files of architectures that only llama.cpp runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "seed.gguf"
+        return [save(path).read_bytes() for save in FOREIGN]
 
 
 _VOCAB_SIZE: Final = 288
@@ -380,7 +389,7 @@ def _change_data(parts: _Gguf, rng: random.Random) -> None:
 
 def _reshape_model(parts: _Gguf, rng: random.Random) -> None:
     """One size changed consistently in the metadata and in every tensor that has it."""
-    sizes = {288: (1, 31, 289), 32: (8, 16, 48, 64, 96), 16: (8, 24, 32, 40)}
+    sizes = {288: (1, 31, 289), 32: (8, 16, 48, 64, 96), 16: (8, 24, 32, 40), 64: (1, 32, 63)}
     old = rng.choice(tuple(sizes))
     new = rng.choice(sizes[old])
     for i, (key, kind, value) in enumerate(parts.entries):

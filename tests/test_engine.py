@@ -412,6 +412,39 @@ def test_the_queue_has_limits_of_length_and_time(start: Start) -> None:
     running.wait()
 
 
+def test_a_cancelled_request_leaves_its_place_in_the_queue_at_once(start: Start) -> None:
+    config = EngineConfig(num_slots=1, max_seq_len=256, max_queue_len=1)
+    engine, _ = start(config, num_slots=1, ms_per_token=40.0)
+    running, ticket = submit(engine, num=200)
+    assert running.started.wait(5)
+    waiting, second = submit(engine, (1, 2), 5)
+    second.cancel()
+    third, third_ticket = submit(engine, (3, 4), 5)
+    with pytest.raises(QueueFullError):
+        submit(engine, (5, 6), 5)
+    for one in (ticket, third_ticket):
+        one.cancel()
+    for reply in (running, waiting, third):
+        assert reply.wait().end.reason == "cancelled"
+
+
+def test_a_full_queue_takes_the_request_that_supersedes_a_waiting_one(start: Start) -> None:
+    config = EngineConfig(num_slots=1, max_seq_len=256, max_queue_len=1)
+    engine, _ = start(config, num_slots=1, ms_per_token=40.0)
+    running, ticket = submit(engine, num=200, session="other")
+    assert running.started.wait(5)
+    older, _ = submit(engine, (1, 2), 5, session="s")
+    newer, newer_ticket = submit(engine, (1, 2, 3), 5, session="s")
+    # One that is refused supersedes nothing.
+    with pytest.raises(QueueFullError):
+        submit(engine, (1, 2), 5, session="other")
+    assert not running.done.is_set()
+    for one in (ticket, newer_ticket):
+        one.cancel()
+    for reply in (older, newer, running):
+        assert reply.wait().end.reason == "cancelled"
+
+
 def test_a_group_that_has_begun_waits_without_limit(start: Start) -> None:
     config = EngineConfig(num_slots=1, max_seq_len=256, queue_timeout_ms=60)
     engine, _ = start(config, num_slots=1, ms_per_token=1.0)

@@ -40,6 +40,12 @@ def test_serving_imports_no_torch() -> None:
     assert run(code).strip() == "[]"
 
 
+def test_a_start_waits_for_no_module_that_only_other_files_need() -> None:
+    others = "{'gguf', 'yaml', 'albor_serve.convert', 'albor_serve.trial', 'importlib.metadata'}"
+    code = f"import sys, albor_serve.loader; print(sorted({others} & set(sys.modules)))"
+    assert run(code).strip() == "[]"
+
+
 def test_the_language_server_imports_little() -> None:
     heavy = "{'torch', 'numpy', 'pydantic', 'albor_serve', 'pygls', 'lsprotocol', 'httpx'}"
     code = f"import sys, albor_lsp.cli; print(sorted({heavy} & set(sys.modules)))"

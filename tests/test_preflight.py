@@ -55,6 +55,18 @@ def test_a_token_that_occurs_twice(tmp_path: Path) -> None:
     refused(path, match="twice")
 
 
+def test_tensors_that_lie_where_llama_cpp_can_not_use_them(tmp_path: Path) -> None:
+    # The header's length, which the name changes, decides where they begin.
+    for length in range(1, 33, 8):
+        changes = {"general.alignment": 8, "general.name": "n" * length}
+        path = save(tmp_path, "llama", changes)
+        if any(tensor.offset % 32 for tensor in open_gguf_header(path).tensors.values()):
+            break
+    else:
+        pytest.fail("all of them are aligned")
+    refused(path, match="multiples of 32")
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_sound_file_passes(tmp_path: Path, arch: Architecture) -> None:
     check_for_native(open_gguf_header(save(tmp_path, arch, {})))

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
+import time
 from itertools import pairwise
 from typing import get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from albor_serve.scopes import ScopeGuard, StopScope, _Lexer, style_of
+from albor_serve.scopes import LexerMemo, ScopeGuard, StopScope, _Lexer, style_of
 
 
 def run(
@@ -217,3 +218,35 @@ def test_reading_in_runs_equals_reading_characters(code: str, path: str) -> None
         one.feed(char)
     many.read(code)
     assert vars(one) == vars(many)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_memo_changes_nothing(data: st.DataObject) -> None:
+    pieces = ["def f(a,\n", "    x = (\n", '"""', "'", "#", "\n", "    ", "}", ")", "if a:\n", "1"]
+    code = "".join(data.draw(st.lists(st.sampled_from(pieces), max_size=60)))
+    after = "".join(data.draw(st.lists(st.sampled_from(pieces), max_size=6)))
+    answer = "".join(data.draw(st.lists(st.sampled_from(pieces), max_size=10)))
+    memo = LexerMemo()
+    for end in (*range(0, len(code), 7), len(code), len(code) // 2):
+        for scope in ("line", "block", "scope"):
+            guards = [
+                ScopeGuard(scope, code[:end], after, "a.py", each) for each in (None, memo, memo)
+            ]
+            shown = [guard.feed(answer) + guard.flush() for guard in guards]
+            assert shown[0] == shown[1] == shown[2]
+            assert guards[0].stopped_by == guards[1].stopped_by == guards[2].stopped_by
+
+
+def test_a_memo_saves_reading() -> None:
+    code = "def f():\n    x = [1, 2, (3, 4)]\n" * 150
+    memo = LexerMemo()
+    ScopeGuard("line", code, "", "a.py", memo)
+    began = time.perf_counter()
+    for at in range(50):
+        ScopeGuard("line", code + "y" * at, "", "a.py", memo)
+    with_memo = time.perf_counter() - began
+    began = time.perf_counter()
+    for at in range(50):
+        ScopeGuard("line", code + "y" * at, "", "a.py")
+    assert with_memo < (time.perf_counter() - began) / 3

@@ -20,6 +20,8 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from albor_serve.config import DevicePlan
+
 __all__ = [
     "AbortFlag",
     "Aborted",
@@ -129,27 +131,21 @@ class Backend(Protocol):
         """Free native memory. Any later call raises BackendError; closing twice is harmless."""
 
 
-@dataclass(frozen=True, slots=True)
-class DevicePlan:
-    """What a device may decode by itself, without asking the host."""
-
-    max_new_tokens: int
-    stop_token_ids: tuple[int, ...] = ()
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-
 @runtime_checkable
 class DeviceDecoder(Protocol):
-    """Optional fast path of a backend that can feed tokens back on the device."""
+    """Optional fast path of a backend that feeds tokens back on the device."""
 
     def decode(
-        self, slot: int, token: int, plan: DevicePlan, cancelled: Callable[[], bool]
+        self, slot: int, token: int, plan: DevicePlan, on_token: Callable[[int], bool]
     ) -> list[int]:
         """Decode up to plan.max_new_tokens after `token`, which is not in the cache yet.
 
-        Stops at a stop token (kept in the result) or soon after `cancelled()` turns true. The
-        cache then holds `token` and every returned token but the last.
+        `on_token` gets each token as soon as the host sees it and says whether to go on; it runs
+        on the caller's thread. The last token is a stop token, the last that the plan allows, or
+        the one for which `on_token` said no. The cache then holds `token` and every returned token
+        but the last.
+
+        Raises:
+            Aborted: the abort flag was set; the cache holds `token` and what `on_token` got, but
+                the last of it. BackendError: the device failed, or the slot would overflow.
         """

@@ -24,10 +24,12 @@ from albor_serve.backends.checks import (
     check_slot,
     check_steps,
 )
-from albor_serve.config import ModelConfig
+from albor_serve.backends.device_run import DeviceRun
+from albor_serve.config import DevicePlan, ModelConfig
 from albor_serve.errors import AlborError, BackendError, UnsupportedModelError
 from albor_serve.kernels._triton import HAVE_TRITON, INTERPRET
 from albor_serve.kernels.decoder import DecodePlan, GpuDecoder, plan_for
+from albor_serve.kernels.sampling import DeviceSampler
 from albor_serve.kernels.weights import DecodeWeights, check_shape, pack_weights
 from albor_serve.model import Decoder, KVCache, load_decoder
 
@@ -206,6 +208,44 @@ class CudaBackend:
         with self._guard():
             return [self._extend_one(model, step) for step in steps]
 
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def decode(
+        self, slot: int, token: int, plan: DevicePlan, on_token: Callable[[int], bool]
+    ) -> list[int]:
+        """Decode several tokens on the device; see `DeviceDecoder.decode`."""
+        self._open()
+        check_steps(self._info, [s.length for s in self._slots], [ExtendStep(slot, [token])])
+        held = self._slots[slot]
+        room = self._info.max_seq_len - held.length
+        if plan.max_new_tokens > room:
+            raise BackendError(
+                f"slot {slot} has room for {room} tokens, not for {plan.max_new_tokens}: ask for "
+                "fewer or rewind it"
+            )
+        self._stop_if_aborted()
+        with self._guard():
+            run = DeviceRun(
+                held.sampler,
+                held.sampled_step(self._plans[1, held.length > LONG_CONTEXT]),
+                self._abort.is_set,
+                fault=_device_fault if self._device.type == "cuda" else lambda: None,
+            )
+            held.set_input([token])
+            new: list[int] = []
+            try:
+                run.start(plan)
+                for next_token in run:
+                    new.append(next_token)
+                    if not on_token(next_token):
+                        break
+            finally:
+                held.length += len(new)
+                # What is queued must be over before the mailbox is used again.
+                run.stop()
+        if run.was_aborted:
+            raise Aborted
+        return new
+
     def rewind(self, slot: int, length: int) -> None:
         """Drop the slot's cache beyond its first `length` tokens (0 empties it)."""
         self._open()
@@ -285,6 +325,8 @@ class CudaBackend:
         for done, plan in enumerate(self._plans.values(), 1):
             slot.set_input([0] * plan.num_tokens)
             slot.run(plan)
+            if plan.num_tokens == 1:
+                slot.sampled_step(plan)
             if progress is not None:
                 progress(done / len(self._plans))
         if self._device.type == "cuda":
@@ -341,6 +383,8 @@ class _Slot:
         self.length = 0
         self._num_layers = config.num_layers
         self._graphs: dict[DecodePlan, Any] = {}
+        self._sampled: dict[DecodePlan, Any] = {}
+        self.sampler = DeviceSampler(config.vocab_size, room, weights.head.device)
         on_gpu = weights.head.device.type == "cuda"
         self._tokens = _pinned((ROWS[-1],), torch.int32, on_gpu)
 
@@ -369,6 +413,22 @@ class _Slot:
             graph = self.decoder.capture(plan, feedback=False, store_logits=True)
             self._graphs[plan] = graph
         graph.replay()
+
+    def sampled_step(self, plan: DecodePlan) -> Callable[[], None]:
+        """Queues one step of one token that the sampler ends and feeds back."""
+        if INTERPRET:
+            return lambda: self.decoder.step(plan, sampler=self.sampler)
+        graph = self._sampled.get(plan)
+        if graph is None:
+            graph = self.decoder.capture(plan, feedback=False, sampler=self.sampler)
+            self._sampled[plan] = graph
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+
+def _device_fault() -> None:
+    """Raise what the device has failed with since the last call, if it has."""
+    torch.cuda.current_stream().query()
 
 
 def _plans(weights: DecodeWeights, device: torch.device) -> dict[tuple[int, bool], DecodePlan]:

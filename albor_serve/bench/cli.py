@@ -359,7 +359,13 @@ def _load(options: argparse.Namespace) -> int:
     from rich.table import Table
 
     from albor_serve.bench.machine import describe_machine
-    from albor_serve.bench.mixed_load import LoadTarget, MixSettings, run_load
+    from albor_serve.bench.mixed_load import (
+        FINISHED_KINDS,
+        LoadTarget,
+        MixSettings,
+        percentiles,
+        run_load,
+    )
     from albor_serve.bench.report import write_text
 
     targets = []
@@ -375,16 +381,28 @@ def _load(options: argparse.Namespace) -> int:
     machine = describe_machine()
     tallies = run_load(targets, settings)
     table = Table(title=f"{options.clients} clients, {machine.cpu}, commit {machine.commit}")
-    headings = ("server", "first token p50/p95/p99 ms", "total p50/p95/p99 ms", "done", "tokens/s")
-    for heading in (*headings, "refused", "cancelled", "lost", "busy slots", "RSS MiB"):
+    headings = ["server", "first token p50/p95/p99 ms", *FINISHED_KINDS, "total p50/p95/p99 ms"]
+    for heading in (
+        *headings,
+        "done",
+        "tokens/s",
+        "refused",
+        "cancelled",
+        "lost",
+        "busy slots",
+        "RSS MiB",
+    ):
         table.add_column(heading)
     for name, tally in tallies.items():
         rss = tally.rss_mib
         table.add_row(
             name,
-            " / ".join(f"{ms:.0f}" for ms in tally.percentiles(tally.first_token_ms)),
-            " / ".join(f"{ms:.0f}" for ms in tally.percentiles(tally.total_ms)),
-            str(len(tally.total_ms)),
+            *(
+                " / ".join(f"{ms:.0f}" for ms in percentiles(tally.first_token_ms, kind))
+                for kind in (None, *FINISHED_KINDS)
+            ),
+            " / ".join(f"{ms:.0f}" for ms in percentiles(tally.total_ms)),
+            str(tally.num_finished),
             f"{tally.num_tokens / tally.seconds:.0f}",
             ", ".join(f"{n}x {status}" for status, n in sorted(tally.statuses.items())) or "0",
             str(tally.num_cancelled),

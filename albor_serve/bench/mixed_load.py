@@ -11,8 +11,9 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import httpx
@@ -20,7 +21,7 @@ import numpy as np
 
 from albor_serve.errors import ConfigError
 
-__all__ = ["LoadTarget", "MixSettings", "Tally", "run_load"]
+__all__ = ["FINISHED_KINDS", "LoadTarget", "MixSettings", "Tally", "percentiles", "run_load"]
 
 CODE = (
     "def total_{0}(values):\n    result = {0}\n    for value in values:\n        result += value\n"
@@ -29,6 +30,8 @@ LONG_COPIES = 30
 """Functions in a long prompt: about 1,000 tokens."""
 KINDS = ("fim", "long", "cancel")
 WEIGHTS = (0.7, 0.15, 0.15)
+FINISHED_KINDS = KINDS[:2]
+"""Those that wait for their answer."""
 CANCEL_AFTER_S = 0.05
 IDLE_WAIT_S = 10.0
 
@@ -58,8 +61,9 @@ class MixSettings:
 class Tally:
     """What happened at one server; times in ms."""
 
-    first_token_ms: list[float] = field(default_factory=list)
-    total_ms: list[float] = field(default_factory=list)
+    first_token_ms: dict[str, list[float]] = field(default_factory=dict)
+    """By kind of request."""
+    total_ms: dict[str, list[float]] = field(default_factory=dict)
     num_tokens: int = 0
     num_cancelled: int = 0
     statuses: dict[int, int] = field(default_factory=dict)
@@ -72,12 +76,22 @@ class Tally:
     num_busy_slots: int | None = None
     """Slots still busy after the load; None where the server doesn't tell."""
 
-    def percentiles(self, values: Sequence[float]) -> tuple[float, float, float]:
-        """p50, p95 and p99; NaN where nothing was finished."""
-        if not values:
-            return (float("nan"),) * 3
-        p50, p95, p99 = np.percentile(values, [50, 95, 99])
-        return float(p50), float(p95), float(p99)
+    @property
+    def num_finished(self) -> int:
+        """Answers that came to their end."""
+        return sum(len(times) for times in self.total_ms.values())
+
+
+def percentiles(
+    times: Mapping[str, Sequence[float]], kind: str | None = None
+) -> tuple[float, float, float]:
+    """p50, p95 and p99 of one kind of request, or of all; NaN where nothing was finished."""
+    chosen = times.get(kind, ()) if kind is not None else chain(*times.values())
+    values = list(chosen)
+    if not values:
+        return (float("nan"),) * 3
+    p50, p95, p99 = np.percentile(values, [50, 95, 99])
+    return float(p50), float(p95), float(p99)
 
 
 def run_load(targets: Sequence[LoadTarget], settings: MixSettings) -> dict[str, Tally]:
@@ -148,9 +162,9 @@ async def _request(
     started = time.perf_counter()
     try:
         if kind == "cancel":
-            await asyncio.wait_for(_read(http, body, None, started), CANCEL_AFTER_S)
+            await asyncio.wait_for(_read(http, body, None, kind, started), CANCEL_AFTER_S)
         else:
-            await _read(http, body, tally, started)
+            await _read(http, body, tally, kind, started)
     except TimeoutError:
         tally.num_cancelled += 1
     except httpx.HTTPError:
@@ -158,7 +172,11 @@ async def _request(
 
 
 async def _read(
-    http: httpx.AsyncClient, body: dict[str, object], tally: Tally | None, started: float
+    http: httpx.AsyncClient,
+    body: dict[str, object],
+    tally: Tally | None,
+    kind: str,
+    started: float,
 ) -> None:
     """Read one stream; `tally` None only reads."""
     first: float | None = None
@@ -187,8 +205,8 @@ async def _read(
         tally.num_lost += 1
         return
     now = time.perf_counter()
-    tally.first_token_ms.append(1000 * ((first or now) - started))
-    tally.total_ms.append(1000 * (now - started))
+    tally.first_token_ms.setdefault(kind, []).append(1000 * ((first or now) - started))
+    tally.total_ms.setdefault(kind, []).append(1000 * (now - started))
     tally.num_tokens += num_tokens
 
 

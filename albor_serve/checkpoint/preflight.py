@@ -12,10 +12,12 @@ from albor_serve.checkpoint.gguf import GgufCheckpoint
 from albor_serve.checkpoint.gguf_header import GgufHeader
 from albor_serve.errors import CheckpointFormatError, UnsupportedModelError
 
-__all__ = ["check_for_native"]
+__all__ = ["check_for_native", "is_wholly_checked"]
 
 _MAX_LAYERS: Final = 512
 _ROPE_SCALINGS: Final = ("none", "linear", "yarn", "longrope")
+_ALIGNMENT: Final = 32
+"""Of the tensors that llama.cpp uses where the file is mapped (TENSOR_ALIGNMENT in ggml)."""
 _TOKENS_KEY: Final = "tokenizer.ggml.tokens"
 _OWN_ARCHITECTURES: Final = ("llama", "qwen2", "qwen3")
 _HEAD_KEYS: Final = ("attention.key_length", "attention.value_length", "rope.dimension_count")
@@ -25,7 +27,7 @@ def check_for_native(header: GgufHeader) -> None:
     """Refuse a file on which llama.cpp would abort.
 
     For architectures that albor runs itself every shape is checked; for others the layers, the
-    rope scaling and the vocabulary.
+    rope scaling, the vocabulary and the places of tensors.
 
     Raises:
         CheckpointFormatError: the file is damaged or hostile.
@@ -44,6 +46,11 @@ def check_for_native(header: GgufHeader) -> None:
             f"{header.path}: rope scaling {header.metadata.string(key)[:40]!r} is not one of "
             f"{', '.join(_ROPE_SCALINGS)}: convert the model again"
         )
+    if any(tensor.offset % _ALIGNMENT for tensor in header.tensors.values()):
+        raise UnsupportedModelError(
+            f"{header.path}: its tensors do not begin at multiples of {_ALIGNMENT} bytes: convert "
+            f"it again, without general.alignment"
+        )
     _check_tokens(header)
     experts = header.metadata.get(f"{architecture}.expert_count", 0)
     used = header.metadata.get(f"{architecture}.expert_used_count", 0)
@@ -57,6 +64,21 @@ def check_for_native(header: GgufHeader) -> None:
             _ = GgufCheckpoint(header).config
         except UnsupportedModelError:
             return  # llama.cpp runs more than albor's own engine does
+
+
+def is_wholly_checked(checkpoint: GgufCheckpoint) -> bool:
+    """Whether every tensor and size of a file was checked, beyond what `check_for_native` does.
+
+    Other files may still end the process that loads them with llama.cpp.
+
+    Raises:
+        CheckpointFormatError: the file is damaged.
+    """
+    try:
+        _ = checkpoint.config
+    except UnsupportedModelError:
+        return False
+    return True
 
 
 def _check_tokens(header: GgufHeader) -> None:

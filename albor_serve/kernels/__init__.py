@@ -2,6 +2,6 @@
 
 The GPU modules need torch, but importing them does not need Triton. `layout` defines how weights
 lie in device memory, `core` the device functions that every phase shares. `phases` are the fused
-steps of one layer as kernels of their own; `decoder` owns the buffers and launches them. They are
-proven in Triton's interpreter and compiled ahead of time; no backend uses them yet.
+steps of one layer as kernels of their own, `sampling` chooses the next token; `decoder` owns the
+buffers and launches them.
 """

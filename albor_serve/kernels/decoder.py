@@ -12,6 +12,7 @@ from albor_serve.errors import BackendError, ConfigError
 from albor_serve.kernels import phases
 from albor_serve.kernels._triton import INTERPRET, require_triton
 from albor_serve.kernels.layout import TILE_COLS, TILE_ROWS
+from albor_serve.kernels.sampling import DeviceSampler
 from albor_serve.kernels.weights import DecodeWeights
 
 __all__ = ["DecodePlan", "GpuDecoder", "plan_for"]
@@ -141,17 +142,30 @@ class GpuDecoder:
         self.best = torch.full((1024, 8), NO_CANDIDATE, dtype=torch.int64, device=device)
         """int64 [programs, 8]: each head program's best token (`steps.candidate`)."""
 
-    def step(self, plan: DecodePlan, *, feedback: bool = False, store_logits: bool = True) -> None:
+    def step(
+        self,
+        plan: DecodePlan,
+        *,
+        feedback: bool = False,
+        store_logits: bool = True,
+        sampler: DeviceSampler | None = None,
+    ) -> None:
         """Launch one step of plan.num_tokens tokens.
 
         Reads `tokens` and `position`, or with `feedback` takes the last step's best token and
-        first moves `position` on by one. Writes keys, values, `logits` and `best`.
+        first moves `position` on by one. Writes keys, values, `logits` and `best`. A `sampler`
+        (for one token, without `feedback`) then chooses the next token and writes it to `tokens`.
 
         Raises:
             BackendError: a kernel could not be compiled or launched.
         """
         try:
-            self._step(plan, feedback=feedback, store_logits=store_logits)
+            self._step(plan, feedback=feedback, store_logits=store_logits or sampler is not None)
+            if sampler is not None:
+                sampler.choose(
+                    self.logits, self.best, self.tokens, self.position,
+                    self._head_programs(plan), pdl=plan.pdl,
+                )  # fmt: skip
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise BackendError(f"a GPU kernel failed: {reason}") from error
@@ -165,7 +179,7 @@ class GpuDecoder:
         qkv_rows = q_size + 2 * c.num_kv_heads * c.head_dim
         bands = d // TILE_ROWS
         head_bands = -(-c.vocab_size // TILE_ROWS)
-        head_programs = -(-head_bands // plan.warps_head)
+        head_programs = self._head_programs(plan)
         h, x, sums, inverse = self._h, self._x, self._sums, self._inverse
         words = x.view(torch.int32)
 
@@ -221,6 +235,9 @@ class GpuDecoder:
             **gemv(plan.warps_head),
         )  # fmt: skip
 
+    def _head_programs(self, plan: DecodePlan) -> int:
+        return -(-self.weights.config.vocab_size // (TILE_ROWS * plan.warps_head))
+
     def _attend(self, layer: int, plan: DecodePlan, launch: dict[str, Any]) -> int:
         """Launch one layer's attention; returns the number of partial outputs it leaves."""
         w, c = self.weights, self.weights.config
@@ -263,7 +280,13 @@ class GpuDecoder:
         return num_parts
 
     def capture(
-        self, plan: DecodePlan, *, feedback: bool, num_steps: int = 1, store_logits: bool = False
+        self,
+        plan: DecodePlan,
+        *,
+        feedback: bool,
+        num_steps: int = 1,
+        store_logits: bool = False,
+        sampler: DeviceSampler | None = None,
     ) -> Any:
         """Record `num_steps` steps in a CUDA graph; compiles on the way. Returns the graph.
 
@@ -273,13 +296,13 @@ class GpuDecoder:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.step(plan, feedback=feedback, store_logits=store_logits)
+            self.step(plan, feedback=feedback, store_logits=store_logits, sampler=sampler)
             self.position.copy_(before)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(num_steps):
-                self.step(plan, feedback=feedback, store_logits=store_logits)
+                self.step(plan, feedback=feedback, store_logits=store_logits, sampler=sampler)
         return graph
 
     def set_cache(self, keys: list[Tensor], values: list[Tensor], length: int) -> None:

@@ -74,12 +74,14 @@ def embed_kernel(w_ptr, g_ptr, keys_ptr, tokens_ptr, pos_ptr, out_ptr, cos_ptr, 
     out[pos + 1] and moves pos on by one. Without, tokens [M] are read and pos stays. Also writes
     sums, inverse and rope.
     """
-    _start(PDL)
     m = tl.program_id(0)
     k = tl.arange(0, KB)
     ok = k < KT * 128
     gain = tl.load(g_ptr + k, mask=ok, other=0.0)
     _wait(PDL)
+    # Only now: an attention kernel of this step that started before the last step ended could
+    # read keys and values ahead of their being written.
+    _start(PDL)
     pos = tl.load(pos_ptr)
     if FEEDBACK:
         rows = tl.arange(0, NK)

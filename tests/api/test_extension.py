@@ -13,6 +13,7 @@ import pytest
 
 from albor_serve.api.completion import Completion, CompletionSpec, Job, ServedModel, plan_jobs
 from albor_serve.api.schemas import AlborOptions
+from albor_serve.backends.base import Backend
 from albor_serve.config import EngineConfig, SamplingParams
 from albor_serve.engine import Engine
 from albor_serve.fim import TEMPLATES
@@ -190,7 +191,6 @@ def run(served: ServedModel, job: Job) -> None:
 
 
 def test_a_budget_decides_how_much_context_fits(slow: ServedModel) -> None:
-    run(slow, plan(slow, "x"))  # calibration is over then
     whole = plan(slow)
     assert whole.fim is not None
     assert whole.fim.is_whole
@@ -208,8 +208,22 @@ def test_a_budget_decides_how_much_context_fits(slow: ServedModel) -> None:
     assert num_cold <= 2
 
 
+def test_the_very_first_request_keeps_its_time() -> None:
+    def measure(_: Backend) -> LinearCosts:
+        time.sleep(0.3)
+        return LinearCosts(prefill=1.0)
+
+    backend = HashBackend(ByteTokenizer().vocab_size, max_seq_len=2048)
+    engine = Engine(backend, ByteTokenizer(), EngineConfig(max_seq_len=2048), measure)
+    engine.start()
+    try:
+        served = ServedModel("slow", engine, TEMPLATES["albor"])
+        assert len(plan(served, first_token_budget_ms=200).request.prompt) <= 200
+    finally:
+        engine.close()
+
+
 def test_extra_files_are_left_out_before_code(slow: ServedModel) -> None:
-    run(slow, plan(slow, "x"))
     files = [{"path": f"{name}.py", "text": f"{name}\n" * 40} for name in "abc"]
     some = plan(slow, "x = 1\n", extra_context=files, first_token_budget_ms=200)
     assert some.fim is not None
@@ -221,7 +235,6 @@ def test_extra_files_are_left_out_before_code(slow: ServedModel) -> None:
 
 
 def test_what_did_not_fit_is_computed_while_idle(slow: ServedModel) -> None:
-    run(slow, plan(slow, "x"))
     cut = plan(slow, first_token_budget_ms=200, session="s")
     assert cut.growth is not None
     run(slow, cut)

@@ -61,6 +61,22 @@ try:
 except Aborted:
     ours.abort.clear()
 both(0, 1)
+# Tokens decoded on the device are the reference's best ones, or as good as.
+from albor_serve.config import DevicePlan, SamplingParams
+plan = DevicePlan(SamplingParams(temperature=0.0), 4)
+for limit in (4, 2):  # the second time the host has enough after two
+    got = []
+    before, token = ours.length(0), 7
+    def on_token(new):
+        got.append(new)
+        return len(got) < limit
+    assert ours.decode(0, token, plan, on_token) == got and len(got) == limit
+    assert ours.length(0) == before + limit
+    for new in got:
+        row = plain.extend([ExtendStep(0, [token])])[0][0]
+        assert row[new] > row.max() - 0.04, (new, row.argmax())
+        token = new
+    both(0, 1)
 both(0, 40 - ours.length(0) - 1)
 both(0, 1)          # the last position
 try:
@@ -121,6 +137,42 @@ def test_without_a_gpu_the_reason_and_a_remedy_are_given(
     assert cuda.unsupported(checkpoint)
     with pytest.raises(ConfigError, match="leave out --backend cuda"):
         open_backend(checkpoint, 1, 64, choice="cuda")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"HAVE_TRITON": False}, "Triton is not installed"),
+        ({"available": False}, "no CUDA GPU"),
+        ({"capability": (7, 5)}, "older than compute capability 8.0"),
+    ],
+)
+def test_what_is_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, object], match: str
+) -> None:
+    monkeypatch.setattr(cuda, "HAVE_TRITON", change.get("HAVE_TRITON", True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: change.get("available", True))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda *_: change.get("capability", (9, 0))
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Fake GPU")
+    checkpoint = open_gguf_checkpoint(Path(str(resources.files("albor_models") / EMBEDDED_MODEL)))
+    reason = cuda.unsupported(checkpoint)
+    assert reason is not None
+    assert match in reason
+
+
+def test_too_little_memory_while_loading_is_one_typed_error(
+    small: tuple[ModelConfig, RandomModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, model = small
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(cuda, "load_decoder", full)
+    with pytest.raises(BackendError, match="lower --slots or --ctx"):
+        cuda.CudaBackend(config, model.q4_rows, model.read, 1, 16, device="cpu")
 
 
 def test_a_shape_that_the_kernels_do_not_cover_is_refused() -> None:

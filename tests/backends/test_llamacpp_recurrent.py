@@ -4,60 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 
 from albor_serve.backends.base import Aborted, ExtendStep
 from albor_serve.backends.llamacpp import LlamaCppBackend
-from tests.fixtures_tiny import add_vocabulary, random_tokens, tiny_model
+from tests.fixtures_foreign import CONFIG, save_mamba
+from tests.fixtures_tiny import random_tokens
 
-CONFIG = tiny_model("llama")[0]  # for its vocabulary
 TOKENS = random_tokens(CONFIG, 60)
-
-
-def save_mamba(path: Path) -> Path:
-    d, inner, state, rank, vocab = 32, 64, 16, 4, CONFIG.vocab_size
-    rng = np.random.default_rng(1)
-    writer = gguf.GGUFWriter(path, "mamba")
-    writer.add_context_length(256)
-    writer.add_embedding_length(d)
-    writer.add_feed_forward_length(0)
-    writer.add_head_count(0)
-    writer.add_block_count(2)
-    writer.add_ssm_conv_kernel(4)
-    writer.add_ssm_inner_size(inner)
-    writer.add_ssm_state_size(state)
-    writer.add_ssm_time_step_rank(rank)
-    writer.add_layer_norm_rms_eps(1e-5)
-    add_vocabulary(writer, CONFIG)
-
-    def add(name: str, *shape: int, std: float = 0.2, mean: float = 0.0) -> None:
-        array = mean + std * rng.standard_normal(shape)
-        writer.add_tensor(name, array.astype(np.float32))
-
-    add("token_embd.weight", vocab, d, std=0.5)
-    add("output_norm.weight", d, mean=1.0)
-    for layer in ("blk.0.", "blk.1."):
-        add(layer + "attn_norm.weight", d, mean=1.0)
-        add(layer + "ssm_in.weight", 2 * inner, d)
-        add(layer + "ssm_conv1d.weight", inner, 4)
-        add(layer + "ssm_conv1d.bias", inner)
-        add(layer + "ssm_x.weight", rank + 2 * state, inner)
-        add(layer + "ssm_dt.weight", inner, rank)
-        add(layer + "ssm_dt.bias", inner)
-        writer.add_tensor(
-            layer + "ssm_a", -np.tile(np.arange(1, state + 1, dtype=np.float32), (inner, 1))
-        )
-        add(layer + "ssm_d", inner, mean=1.0)
-        add(layer + "ssm_out.weight", d, inner)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.fixture(scope="module")

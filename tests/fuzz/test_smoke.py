@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +31,17 @@ def test_mutated_gguf_files() -> None:
     ends = Counter(gguf_target(seeds.mutate_gguf(rng.choice(originals), rng)) for _ in range(150))
     assert ends[True] > 5
     assert ends[False] > 50
+
+
+@pytest.mark.slow
+def test_mutated_files_of_other_architectures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    originals, rng = seeds.foreign_seeds(), random.Random(7)
+    ends = Counter(load_target(seeds.mutate_gguf(rng.choice(originals), rng)) for _ in range(100))
+    assert ends[True] > 5
+    assert ends[False] > 20
 
 
 def test_mutated_folders() -> None:

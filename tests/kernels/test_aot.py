@@ -16,7 +16,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from albor_serve.kernels import phases
-from albor_serve.kernels.aot import check, compile_kernel
+from albor_serve.kernels.aot import CAPABILITIES, check, compile_kernel
+from albor_serve.kernels.sampling import NUM_WARPS, choose_kernel
 
 _KERNELS: dict[str, dict[str, Any]] = {
     "embed_kernel": {"KT": 8, "KB": 1024, "NK": 256, "D": 64, "PB": 64, "PBP": 64,
@@ -49,6 +50,23 @@ def _type(kernel: str, name: str) -> str:
     if name in _INTEGERS or (kernel, name) in _WORDS:
         return "*i32"
     return "*i64" if name == "keys_ptr" else "*fp16" if name in _HALVES else "*fp32"
+
+
+@pytest.mark.parametrize(
+    "capability", [pytest.param(c, marks=[] if c == 90 else pytest.mark.slow) for c in CAPABILITIES]
+)
+@pytest.mark.parametrize("vocab_size", [32_768, 151_936])
+def test_the_choice_of_a_token_compiles_without_spills(capability: int, vocab_size: int) -> None:
+    names = choose_kernel.arg_names
+    constants = {"V": vocab_size, "NK": 256, "BLOCK": 8192, "NS": 32, "PDL": capability >= 90}
+    floats = {"logits_ptr", "bias_ptr", "scores_ptr"}
+    signature = {n: "*fp32" if n in floats else "*i32" for n in names if n.endswith("_ptr")}
+    signature |= {"keys_ptr": "*i64", "num_keys": "i32"}
+    options: dict[str, Any] = {"num_warps": NUM_WARPS, "num_stages": 1}
+    compiled = compile_kernel(
+        choose_kernel, signature, constants, capability=capability, options=options
+    )
+    assert check(compiled) == []
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,7 @@ class Editor:
 async def editor(
     folder: Path, server_url: str = "", *arguments: str, **variables: str
 ) -> AsyncIterator[Editor]:
-    """A started albor-lsp with homes of its own; at last its input ends, or it is killed."""
+    """A started albor-lsp with homes of its own; ended at the end if it still runs."""
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith(("ALBOR", "XDG"))
     }
@@ -273,14 +273,14 @@ async def editor(
     try:
         yield talking
     finally:
-        if process.returncode is None:
-            assert process.stdin is not None
-            process.stdin.close()  # as when an editor crashes
-            try:
-                await asyncio.wait_for(process.wait(), 5)
-            except TimeoutError:
-                process.kill()
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            # It ends by itself, so that what it did is counted.
+            talking.notify("exit", None)
+            async with asyncio.timeout(5):
                 await process.wait()
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
         await talking._reading
 
 
