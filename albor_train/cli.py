@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -80,9 +81,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--ema", action="store_true", help="take the running averages")
     sub.add_argument("--quant", nargs="*", default=[], choices=("q4_0", "q8_0", "f16", "f32"))
 
-    sub = command("eval", _eval, "measure a model folder on what a spec names")
+    sub = command("eval", _eval, "measure a model on what a spec names")
     add_work(sub)
-    sub.add_argument("model", type=Path, metavar="MODEL")
+    sub.add_argument("model", type=Path, metavar="MODEL", help="checkpoint folder or .gguf file")
+    sub.add_argument("--benchmarks", nargs="*", metavar="NAME", help="instead of the spec's")
+    sub.add_argument("--every", type=_positive, default=1, help="take every n-th problem")
+    sub.add_argument("--no-held-out", action="store_true", help="run only the benchmarks")
+    sub.add_argument(
+        "--sandbox-python",
+        default=sys.executable,
+        metavar="PYTHON",
+        help="interpreter with the libraries of DS-1000 (default: this one)",
+    )
     sub.add_argument("--out", type=Path, required=True, help="folder of results")
     sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
 
@@ -91,6 +101,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--tiny", action="store_true", help="at a size for two CPU cores")
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
 
 
 def _say(text: str) -> None:
@@ -186,22 +203,29 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from albor_train.data import build_corpus
+    from albor_train.data import build_held_out
     from albor_train.evaluate.measure import table
-    from albor_train.ladder import evaluate_folder
+    from albor_train.ladder import evaluate
 
     spec = load_spec(options.spec)
-    corpus = build_corpus(spec, options.work, processes=options.jobs, progress=_progress)
-    results = evaluate_folder(
+    if options.benchmarks is not None:
+        chosen = dataclasses.replace(spec.evaluate, benchmarks=tuple(options.benchmarks))
+        spec = dataclasses.replace(spec, evaluate=chosen)
+    held_out = None
+    if not options.no_held_out:
+        held_out = build_held_out(spec, options.work, processes=options.jobs, progress=_progress)
+    results = evaluate(
         spec,
         options.model,
-        corpus,
+        held_out,
         options.out,
         device=options.device,
         processes=options.jobs,
+        every=options.every,
+        python=options.sandbox_python,
         say=_say,
     )
-    print(table({options.model.name: results}))
+    print(table({options.model.stem: results}))
 
 
 def _reproduce(options: argparse.Namespace) -> None:
