@@ -9,9 +9,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from albor_serve.errors import AlborError
 from albor_train.spec import load_spec
+
+if TYPE_CHECKING:
+    from albor_train.scaling import Point
 
 __all__ = ["main"]
 
@@ -62,6 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     add_work(sub)
     sub.add_argument("--shard-mib", type=int, default=36, help="largest shard (default: 36)")
 
+    sub = command("tokenizers", _tokenizers, "bytes per token of tokenizers on held-out text")
+    add_work(sub)
+    sub.add_argument(
+        "tokenizers", type=Path, nargs="+", metavar="FILE", help="tokenizer.json or .gguf"
+    )
+
     sub = command("train", _train, "pack and train, or go on training; torchrun starts several")
     add_work(sub)
     sub.add_argument("--tokens", type=Path, required=True, help="folder of token shards")
@@ -74,6 +84,26 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("report", _report, "write a run's curves as an HTML file", spec=False)
     sub.add_argument("folder", type=Path, metavar="RUN")
     sub.add_argument("out", type=Path, metavar="OUT.html")
+
+    sub = command("scaling", _scaling, "fit finished runs and predict others", spec=False)
+    sub.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders or .json files")
+    sub.add_argument(
+        "--bytes-per-token", type=float, default=3.64, help="of the runs' tokenizer (%(default)s)"
+    )
+    sub.add_argument(
+        "--unique-tokens",
+        type=float,
+        default=203.5e6,
+        help="one pass of the runs' text (%(default)g)",
+    )
+    sub.add_argument(
+        "--predict",
+        action="append",
+        default=[],
+        metavar="PARAMETERS:TOKENS[:UNIQUE]",
+        help="such as 400e6:10e9; may be given several times",
+    )
+    sub.add_argument("--plot", type=Path, metavar="OUT.svg", help="draw the curves")
 
     sub = command("export", _export, "write checkpoints as a model folder, averaged", spec=False)
     sub.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT")
@@ -162,6 +192,26 @@ def _data(options: argparse.Namespace) -> None:
     print(tokens.folder)
 
 
+def _tokenizers(options: argparse.Namespace) -> None:
+    from albor_train.data import build_held_out, read_documents
+    from albor_train.tokenizer import bytes_per_token, open_encoder
+
+    spec = load_spec(options.spec)
+    held_out = build_held_out(spec, options.work, processes=options.jobs, progress=_progress)
+    documents = list(read_documents(held_out.folder / "validation.jsonl.gz"))
+    projects = sorted({document.project for document in documents})
+    print(f"| tokenizer | all | {' | '.join(projects)} |")
+    print("|---" * (len(projects) + 2) + "|")
+    for path in options.tokenizers:
+        encode = open_encoder(path)
+        cells = [bytes_per_token(encode, [document.text for document in documents])]
+        for project in projects:
+            texts = [document.text for document in documents if document.project == project]
+            cells.append(bytes_per_token(encode, texts))
+        name = path.parent.name if path.name == "tokenizer.json" else path.stem
+        print(f"| {name} | {' | '.join(f'{cell:.3f}' for cell in cells)} |")
+
+
 def _train(options: argparse.Namespace) -> None:
     from albor_train.ladder import train
     from albor_train.monitor import Monitor
@@ -191,6 +241,32 @@ def _report(options: argparse.Namespace) -> None:
     from albor_train.monitor import write_report
 
     write_report(options.folder, options.out)
+
+
+def _scaling(options: argparse.Namespace) -> None:
+    from albor_train.scaling import draw, fit, read_points, report
+
+    points = read_points(options.runs, options.bytes_per_token, options.unique_tokens)
+    laws = fit(points)
+    targets = [_target(text) for text in options.predict]
+    print(report(points, laws, targets), end="")
+    if options.plot is not None:
+        options.plot.write_text(draw(points, laws, targets), "utf-8")
+
+
+def _target(text: str) -> Point:
+    from albor_train.errors import TrainingError
+    from albor_train.scaling import Point
+
+    try:
+        parameters, tokens, *rest = map(float, text.split(":"))
+        (unique,) = rest or [tokens]
+    except ValueError as error:
+        raise TrainingError(
+            f"--predict is {text!r}: give PARAMETERS:TOKENS or PARAMETERS:TOKENS:UNIQUE"
+        ) from error
+    name = f"{parameters / 1e6:.0f}M on {tokens / 1e6:,.0f}M"
+    return Point(name, parameters, tokens, unique, float("nan"))
 
 
 def _export(options: argparse.Namespace) -> None:
