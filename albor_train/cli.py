@@ -85,6 +85,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("folder", type=Path, metavar="RUN")
     sub.add_argument("out", type=Path, metavar="OUT.html")
 
+    sub = command("bench", _bench, "time training steps of several variants")
+    sub.add_argument("--variants", nargs="+", metavar="VARIANT", help="such as plain ours:rows=32")
+    sub.add_argument("--steps", type=_positive, default=8, help="timed of each (%(default)s)")
+    sub.add_argument("--batch-tokens", type=_positive, help="of one step, instead of the spec's")
+    sub.add_argument(
+        "--max-seconds", type=float, default=280.0, help="begin no variant later (%(default)s)"
+    )
+    sub.add_argument("--profile", metavar="VARIANT", help="only list this variant's kernels")
+    sub.add_argument("--json", type=Path, metavar="OUT", help="write all figures")
+    sub.add_argument("--tiny", action="store_true", help="at a size for two CPU cores")
+    sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
     sub = command("scaling", _scaling, "fit finished runs and predict others", spec=False)
     sub.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders or .json files")
     sub.add_argument(
@@ -241,6 +253,37 @@ def _report(options: argparse.Namespace) -> None:
     from albor_train.monitor import write_report
 
     write_report(options.folder, options.out)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from albor_train.artefact import write_json
+    from albor_train.bench import DEFAULT_VARIANTS, bench, profile, table
+    from albor_train.ladder import tiny
+    from albor_train.world import open_world
+
+    spec = load_spec(options.spec)
+    if options.tiny:
+        spec = tiny(spec)
+    with open_world(options.device) as world:
+        if options.profile:
+            print(
+                profile(
+                    spec, options.profile, device=world.device, batch_tokens=options.batch_tokens
+                )
+            )
+            return
+        rows = bench(
+            spec,
+            options.variants or DEFAULT_VARIANTS,
+            device=world.device,
+            steps=options.steps,
+            batch_tokens=options.batch_tokens,
+            max_seconds=options.max_seconds,
+            say=_say,
+        )
+    print(table(rows), end="")
+    if options.json is not None:
+        write_json(options.json, {"spec": spec.name, "rows": [dataclasses.asdict(r) for r in rows]})
 
 
 def _scaling(options: argparse.Namespace) -> None:

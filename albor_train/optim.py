@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -76,6 +76,8 @@ class Optimizer:
     def __init__(self, parameters: Mapping[str, Tensor], train: TrainSpec) -> None:
         self._parameters = dict(parameters)
         self._train = train
+        self.orthogonalize: Callable[[Tensor], Tensor] = orthogonalize
+        """May be replaced by the same function compiled."""
         self.moments: dict[str, Tensor] = {}
         """Optimizer state by "kind.parameter", float32 of the parameter's shape."""
         self._matrices: dict[tuple[int, ...], list[str]] = defaultdict(list)
@@ -112,7 +114,7 @@ class Optimizer:
         torch._foreach_lerp_(momentum, grads, 1 - beta)
         # Nesterov: look ahead along the momentum.
         ahead = torch._foreach_lerp(grads, momentum, beta)
-        updates = orthogonalize(torch.stack(list(ahead)))
+        updates = self.orthogonalize(torch.stack(list(ahead)))
         scale = 0.2 * math.sqrt(max(shape))
         targets = [self._parameters[name] for name in names]
         torch._foreach_mul_(targets, 1 - lr * self._train.weight_decay)

@@ -37,7 +37,14 @@ from albor_train.runs import (
 from albor_train.spec import AttentionKind, Spec, TrainSpec, to_plain
 from albor_train.world import World, proportional_shares
 
-__all__ = ["StepRecord", "Trainer", "flops_per_token", "initial_weights", "validation_loss"]
+__all__ = [
+    "StepRecord",
+    "Trainer",
+    "flops_per_token",
+    "initial_weights",
+    "peak_flops",
+    "validation_loss",
+]
 
 PEAK_FLOPS: Final = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}
 """Dense bf16 peak by a part of the device's name."""
@@ -119,6 +126,7 @@ class Trainer:
         validation: Mapping[str, RowStream] | None = None,
         balance: bool = False,
         on_step: Callable[[StepRecord], None] | None = None,
+        compile_mode: str | None = None,
     ) -> None:
         """Prepare a run.
 
@@ -128,6 +136,7 @@ class Trainer:
             validation: rows to measure the loss on, by name.
             balance: give faster processes more micro-batches.
             on_step: called on the first process after each step.
+            compile_mode: torch.compile's mode where the spec compiles.
 
         Raises:
             TrainingError: the folder holds another spec's run, or its packs are others.
@@ -159,7 +168,8 @@ class Trainer:
             weights = {name: state.weights[name] for name in weights}
         self.weights = {name: tensor.to(world.device) for name, tensor in weights.items()}
         """The float32 weights, by Hugging Face name. The optimizer changes them in place."""
-        self._optimizer = Optimizer(self.weights, self._train)
+        self.optimizer = Optimizer(self.weights, self._train)
+        """Its moments are part of a checkpoint."""
         self.ema = (
             {name: tensor.clone() for name, tensor in self.weights.items()}
             if self._train.ema > 0
@@ -173,11 +183,11 @@ class Trainer:
         self._hidden = _hidden_function(self._model, self._train.attention)
         self._chunk_loss = chunk_loss
         if self._train.compile:
-            self._hidden = torch.compile(self._hidden)
-            self._chunk_loss = torch.compile(chunk_loss)
+            self._hidden = torch.compile(self._hidden, mode=compile_mode)
+            self._chunk_loss = torch.compile(chunk_loss, mode=compile_mode)
         num_micro = self._rows_per_step // self._train.micro_batch_rows
         self._shares = proportional_shares(num_micro, [1.0] * world.size)
-        self._peak = _peak_flops(world) * world.size
+        self._peak = peak_flops(world.device) * world.size
         self._last_step = 0
         self._reader: ThreadPoolExecutor | None = None
         self._ahead: tuple[tuple[int, int, int], Future[list[Batch]]] | None = None
@@ -311,14 +321,24 @@ class Trainer:
             self._chunk_loss,
         )
 
-    def _one_step(self, log: Log | None) -> StepRecord:
+    def advance(self, rows_of_step: int, *, on_update: Callable[[float], None]) -> StepRecord:
+        """One step on the rows of step `rows_of_step`, without log, validation or checkpoint.
+
+        For measurements: `on_update` gets the milliseconds from the last gradient to new weights.
+        """
+        self.step = rows_of_step
+        return self._one_step(None, on_update)
+
+    def _one_step(
+        self, log: Log | None, on_update: Callable[[float], None] | None = None
+    ) -> StepRecord:
         began = time.perf_counter()
         loss, num_targets = self.backward(self.step)
         compute_seconds = time.perf_counter() - began
         self._check_loss(loss, log)
         rate = learning_rate(self._train, self.step)
         norm, clipped = self._clip(log)
-        self._optimizer.step(self._gradients, self.step, rate)
+        self.optimizer.step(self._gradients, self.step, rate)
         if self.ema:
             names = list(self.ema)
             torch._foreach_lerp_(
@@ -332,6 +352,9 @@ class Trainer:
         if self._world.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
+        if on_update is not None:
+            # `backward` ends by reading the loss, which waits for the device.
+            on_update(1e3 * (seconds - compute_seconds))
         if self._balance and self.step % 20 == 0:
             mine = self._shares[self._world.rank] / compute_seconds
             self._shares = proportional_shares(sum(self._shares), self._world.gather(mine))
@@ -410,7 +433,7 @@ class Trainer:
             state = TrainingState(
                 self.step,
                 self.weights,
-                self._optimizer.moments,
+                self.optimizer.moments,
                 self.ema,
                 facts,
                 torch.get_rng_state(),
@@ -441,7 +464,7 @@ class Trainer:
         self._loss_mean = facts["loss_mean"]
         self._bad_steps = int(facts["bad_steps"])
         self._clipper = GradientClipper(**facts["clipper"])
-        for name, moment in self._optimizer.moments.items():
+        for name, moment in self.optimizer.moments.items():
             moment.copy_(state.moments[name])
         for name, average in self.ema.items():
             average.copy_(state.ema[name])
@@ -484,10 +507,11 @@ def _hidden_function(model: Decoder, kind: AttentionKind) -> Callable[[Tensor, A
     return hidden
 
 
-def _peak_flops(world: World) -> float:
-    if world.device.type != "cuda":
+def peak_flops(device: torch.device) -> float:
+    """Dense bfloat16 operations a second of a device; 0 where they are not known."""
+    if device.type != "cuda":
         return 0.0
-    name = torch.cuda.get_device_name(world.device)
+    name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), 0.0)
 
 

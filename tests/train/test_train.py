@@ -89,13 +89,13 @@ def test_falsify_002_clipped_norms_are_bounded(
     spec = prepared.spec(steps=20, max_grad_norm=0.3, lr=0.02)
     trainer = prepared.trainer(spec, tmp_path)
     norms: list[float] = []
-    step = trainer._optimizer.step
+    step = trainer.optimizer.step
 
     def measured(gradients: Any, *rest: Any) -> None:
         norms.append(float(global_norm(gradients)))
         step(gradients, *rest)
 
-    monkeypatch.setattr(trainer._optimizer, "step", measured)
+    monkeypatch.setattr(trainer.optimizer, "step", measured)
     records = trainer.run()
     assert any(record.grad_norm > 0.3 for record in records)
     # What the optimizer gets is what the record says.
