@@ -128,6 +128,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", type=Path, metavar="MODEL", help="checkpoint folder or .gguf file")
     sub.add_argument("--benchmarks", nargs="*", metavar="NAME", help="instead of the spec's")
     sub.add_argument("--every", type=_positive, default=1, help="take every n-th problem")
+    sub.add_argument(
+        "--stop-scope",
+        choices=("none", "line", "block", "scope"),
+        default="none",
+        help="where albor-serve ends infilling answers of a .gguf file (%(default)s)",
+    )
     sub.add_argument("--no-held-out", action="store_true", help="run only the benchmarks")
     sub.add_argument(
         "--sandbox-python",
@@ -342,6 +348,7 @@ def _eval(options: argparse.Namespace) -> None:
         processes=options.jobs,
         every=options.every,
         python=options.sandbox_python,
+        stop_scope=options.stop_scope,
         say=_say,
     )
     print(table({options.model.stem: results}))

@@ -17,7 +17,7 @@ from albor_serve.model import load_decoder
 from albor_train.artefact import Artefact, make
 from albor_train.batches import RowStream
 from albor_train.data import Progress, build_corpus, read_documents
-from albor_train.errors import TrainingError
+from albor_train.errors import EvaluationError, TrainingError
 from albor_train.evaluate.generate import Answerer, AnySource
 from albor_train.evaluate.measure import (
     Result,
@@ -205,6 +205,7 @@ def evaluate(
     processes: int = 2,
     every: int = 1,
     python: str = sys.executable,
+    stop_scope: str = "none",
     say: Say = lambda _: None,
 ) -> list[Result]:
     """Measure a model on everything that the spec names, and write the results.
@@ -215,13 +216,16 @@ def evaluate(
         held_out: folder with validation.jsonl.gz, or None to run only the benchmarks.
         every: take every n-th problem of the benchmarks.
         python: interpreter of the sandbox.
+        stop_scope: of the server's infilling answers; only for GGUF files.
 
     Raises:
         EvaluationError: a measurement would mean nothing.
     """
     if model.suffix == ".gguf":
-        with serve_answers(model) as served:
+        with serve_answers(model, stop_scope=stop_scope) as served:
             return _measure(spec, model, served, held_out, out, processes, every, python, say)
+    if stop_scope != "none":
+        raise EvaluationError(f"{model} is no .gguf file: only albor-serve ends answers by scope")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     answerer = Answerer(model, device=device, dtype=dtype)
     return _measure(spec, model, answerer, held_out, out, processes, every, python, say)

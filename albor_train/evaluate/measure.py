@@ -143,8 +143,7 @@ def fim_on_held_out(
         exact: list[float] = []
         similar: list[float] = []
         for problem, answer in zip(spans, answers, strict=True):
-            lines = problem.reference.count("\n") + 1
-            cut = "".join(answer.splitlines(keepends=True)[:lines]).rstrip()
+            cut = _first_lines(answer, problem.reference)
             exact.append(float(cut == problem.reference.rstrip()))
             similar.append(edit_similarity(cut, problem.reference.rstrip()))
         for metric, values in (("exact_match", exact), ("edit_similarity", similar)):
@@ -318,6 +317,10 @@ def run_benchmark(
         pairs = list(zip(repeated, answers, strict=True))
         exact = [float(a.rstrip() == p.reference.rstrip()) for p, a in pairs]
         results.append(_result(name, "exact_match", exact))
+        if not problems[0].max_lines:
+            # What the model knows, apart from where it ends.
+            begins = [float(_first_lines(a, p.reference) == p.reference.rstrip()) for p, a in pairs]
+            results.append(_result(name, "exact_match_of_as_many_lines", begins))
         similar = [edit_similarity(a.rstrip(), p.reference.rstrip()) for p, a in pairs]
         results.append(_result(name, "edit_similarity", similar))
     details = [
@@ -334,6 +337,12 @@ def run_benchmark(
         for task_id in sorted(unfit)
     ]
     return results, details
+
+
+def _first_lines(answer: str, reference: str) -> str:
+    """As many lines of the answer as the reference has, without trailing blanks."""
+    lines = reference.rstrip().count("\n") + 1
+    return "\n".join(answer.split("\n")[:lines]).rstrip()
 
 
 def _result(task: str, metric: str, values: Sequence[float]) -> Result:

@@ -37,13 +37,20 @@ class _ServedTokenizer:
 class ServedAnswerer:
     """What `Answerer` does, by HTTP. Infilling prompts are built, fitted and healed there."""
 
-    def __init__(self, base: str, path: Path, *, parallel: int = 4) -> None:
+    def __init__(
+        self, base: str, path: Path, *, parallel: int = 4, stop_scope: str = "none"
+    ) -> None:
         """Ask the server at `base`, which serves `path`.
+
+        Args:
+            parallel: requests at a time.
+            stop_scope: where the server ends infilling answers at the latest: "none" measures the
+                model by itself, "line", "block" or "scope" what editors show.
 
         Raises:
             CheckpointError: the file can't be read.
         """
-        self._base, self._parallel = base, parallel
+        self._base, self._parallel, self._stop_scope = base, parallel, stop_scope
         self._checkpoint = open_checkpoint(path)
         self.config = self._checkpoint.config
         self.tokenizer = _ServedTokenizer(base, frozenset(self.config.eos_token_ids))
@@ -62,7 +69,8 @@ class ServedAnswerer:
         if not heal:
             raise EvaluationError("the server always heals: measure the folder without healing")
         if problem.suffix is not None:
-            return {"prompt": problem.prefix, "suffix": problem.suffix}
+            scope = {"albor": {"stop_scope": self._stop_scope}}
+            return {"prompt": problem.prefix, "suffix": problem.suffix, **scope}
         room = self.config.max_seq_len - max_answer
         return {"prompt": self.tokenizer.encode(problem.prefix)[-room:]}
 
@@ -121,11 +129,11 @@ def _stream(url: str, body: object) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def serve_answers(path: Path) -> Iterator[ServedAnswerer]:
-    """A server on a model file for as long as the context lasts.
+def serve_answers(path: Path, *, stop_scope: str = "none") -> Iterator[ServedAnswerer]:
+    """A server on a model file for as long as the context lasts; see `ServedAnswerer`.
 
     Raises:
         EvaluationError: it does not start.
     """
     with running_server(path) as base:
-        yield ServedAnswerer(base, path)
+        yield ServedAnswerer(base, path, stop_scope=stop_scope)

@@ -24,7 +24,7 @@ from albor_train.evaluate.measure import (
 )
 from albor_train.evaluate.problems import BENCHMARKS, load_problems
 from albor_train.evaluate.sandbox import Outcome
-from albor_train.evaluate.served import serve_answers
+from albor_train.evaluate.served import ServedAnswerer, serve_answers
 from albor_train.export import export_gguf
 from albor_train.runs import save_model_folder
 from albor_train.spec import load_spec
@@ -146,6 +146,18 @@ def test_benchmark_runs_answers(answerer: Answerer, tmp_path: Path) -> None:
     assert [r.metric for r in results] == ["pass@1", "exact_match", "edit_similarity"]
     assert len(details) == 3
     assert results[0].value == sum(d["passed"] for d in details) / 3
+
+
+def test_where_an_answer_ends_is_told_apart_from_what_it_says(
+    answerer: Answerer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_set(tmp_path, "HumanEval-MultiLineInfilling", [problem(i) for i in range(2)])
+    answers = ["return x + 1\n    and more", "return x\n"]
+    monkeypatch.setattr(answerer, "answer", lambda prompts, **_: answers)
+    results, _ = run_benchmark(answerer, tmp_path, "infilling-multi-line", processes=1)
+    by_metric = {r.metric: r.value for r in results}
+    assert by_metric["exact_match"] == 0
+    assert by_metric["exact_match_of_as_many_lines"] == 0.5
 
 
 def test_right_answers_pass(
@@ -306,6 +318,10 @@ def test_a_served_file_answers_as_its_weights_do(model_folder: Path, tmp_path: P
         documents = [Document("p", "a.py", text)]
         theirs = bits_per_byte(served, documents, 500)[0].value
         assert theirs == pytest.approx(bits_per_byte(reference, documents, 500)[0].value, rel=1e-3)
+        by_line = ServedAnswerer(served._base, gguf, stop_scope="line")
+        (line,) = by_line.answer([by_line.prompt_of(problems[1], 16)], max_answer=16)
+        assert "\n" not in line.strip("\n")
+        assert answers[1].lstrip("\n").startswith(line.strip("\n"))
         with pytest.raises(EvaluationError, match="always heals"):
             served.prompt_of(problems[1], 16, heal=False)
         with pytest.raises(EvaluationError, match="refused with 400"):
