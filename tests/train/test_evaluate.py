@@ -91,9 +91,12 @@ def test_answers_begin_with_what_was_typed(answerer: Answerer) -> None:
     assert not free.startswith("ze")
     # One token for each typed byte is the most that forcing may need; the rest is the answer.
     seen: list[str] = []
-    forced = answerer.answer(
-        [Prompt(ids, b"zebra_")], max_answer=14, is_done=lambda _, text: bool(seen.append(text))
-    )[0]
+
+    def is_done(_: int, text: str) -> bool:
+        seen.append(text)
+        return False
+
+    forced = answerer.answer([Prompt(ids, b"zebra_")], max_answer=14, is_done=is_done)[0]
     assert seen[0] == ""
     assert forced != ""
     by_hand = answerer.tokenizer.encode("zebra_")
@@ -311,8 +314,18 @@ def test_a_served_file_answers_as_its_weights_do(model_folder: Path, tmp_path: P
         for got, wanted in zip(answers, expected, strict=True):
             assert got.startswith(wanted)
             assert len(wanted) > 10
-        cut = served.answer(prompts, max_answer=16, is_done=lambda _, text: len(text) > 3)
-        assert all(e.startswith(c) and len(c) < len(e) for c, e in zip(cut, expected, strict=True))
+        # Pieces are as long as the network makes them; nothing is read after the one that is enough.
+        seen: dict[int, list[str]] = {number: [] for number in range(len(prompts))}
+
+        def is_done(number: int, text: str) -> bool:
+            seen[number].append(text)
+            return len(text) > 3
+
+        cut = served.answer(prompts, max_answer=16, is_done=is_done)
+        for number, text in enumerate(cut):
+            assert answers[number].startswith(text)
+            assert [len(part) > 3 for part in seen[number]].index(True) == len(seen[number]) - 1
+            assert seen[number][-1] == text
         text = source_file(1)
         assert served.tokenizer.encode(text) == reference.tokenizer.encode(text)
         documents = [Document("p", "a.py", text)]

@@ -15,6 +15,7 @@ from albor_train.data import build_corpus, build_held_out
 from albor_train.errors import DataError
 from albor_train.ladder import reproduce, tiny
 from albor_train.runs import read_log
+from albor_train.serving import serves
 from albor_train.spec import Spec, load_spec
 from albor_train.world import World
 from tests.train.fixtures_train import tiny_spec_dict, write_tiny_spec
@@ -37,7 +38,7 @@ def test_the_whole_path_survives_an_interruption_and_is_not_walked_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, work = small_spec(tmp_path), tmp_path / "work"
-    real_train, real_serves = ladder.train, ladder.serves
+    real_train = ladder.train
 
     def interrupted(*args: Any, **options: Any) -> Any:
         real_train(*args, **{**options, "stop_after": 13})
@@ -55,7 +56,7 @@ def test_the_whole_path_survives_an_interruption_and_is_not_walked_twice(
     with pytest.raises(KeyboardInterrupt):
         reproduce(spec, work, world=ALONE, processes=1)
     assert not list(work.glob("scores-*"))
-    monkeypatch.setattr(ladder, "serves", real_serves)
+    monkeypatch.setattr(ladder, "serves", serves)
 
     said: list[str] = []
     scores = reproduce(spec, work, world=ALONE, processes=1, say=said.append)
