@@ -314,7 +314,7 @@ def test_a_served_file_answers_as_its_weights_do(model_folder: Path, tmp_path: P
         for got, wanted in zip(answers, expected, strict=True):
             assert got.startswith(wanted)
             assert len(wanted) > 10
-        # Pieces are as long as the network makes them; nothing is read after the one that is enough.
+        # Pieces are as long as the network makes them; none is read after the one that is enough.
         seen: dict[int, list[str]] = {number: [] for number in range(len(prompts))}
 
         def is_done(number: int, text: str) -> bool:
