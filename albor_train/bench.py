@@ -46,6 +46,9 @@ OPTIONS: Final = {
     "optimizer": "muon or adamw",
     "mode": "torch.compile's mode, such as max-autotune-no-cudagraphs, or off",
     "muon": "compiled: the orthogonalization through torch.compile",
+    "fused": "on: one product for query, key and value, one for gate and up; or off",
+    "head_dim": "size of a head; their number changes so that the width stays",
+    "batch": "tokens of one step",
 }
 """What a variant of ours may change."""
 
@@ -61,6 +64,10 @@ DEFAULT_VARIANTS: Final = (
     "ours:optimizer=adamw",
     "ours:muon=compiled",
     "ours:mode=max-autotune-no-cudagraphs",
+    "ours:fused=on",
+    "ours:fused=on,rows=32,muon=compiled",
+    "ours:fused=on,head_dim=128,rows=32,muon=compiled",
+    "ours:fused=on,head_dim=128,rows=32,muon=compiled,batch=524288",
 )
 
 _MEAN_DOCUMENT: Final = 1100
@@ -122,7 +129,7 @@ def bench(
             rows.append(_failed(variant, f"not begun: {max_seconds:g} s had passed"))
             continue
         try:
-            row = _measure(_with_batch(spec, batch_tokens), variant, device, steps)
+            row = _measure(_variant_of(spec, variant, batch_tokens), variant, device, steps)
         # A variant that a release of torch lacks, or that does not fit, must not end the rest.
         except Exception as error:  # noqa: BLE001
             reason = " ".join(str(error).split())[:200]
@@ -145,7 +152,7 @@ def profile(spec: Spec, variant: str, *, device: torch.device, batch_tokens: int
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
-    step, _, _ = _make(_with_batch(spec, batch_tokens), variant, device)
+    step, _, _ = _make(_variant_of(spec, variant, batch_tokens), variant, device)
     for number in range(3):
         step(number)
     activities = [ProfilerActivity.CPU]
@@ -162,14 +169,36 @@ def _failed(variant: str, problem: str) -> BenchRow:
     return BenchRow(variant, 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0.0, problem)
 
 
-def _with_batch(spec: Spec, batch_tokens: int | None) -> Spec:
-    if batch_tokens is None:
-        return spec
-    return _checked(spec, batch_tokens=batch_tokens)
+def _variant_of(spec: Spec, variant: str, batch_tokens: int | None) -> Spec:
+    """The spec as a variant changes it, checked.
 
-
-def _checked(spec: Spec, **changes: Any) -> Spec:
-    changed = dataclasses.replace(spec, train=dataclasses.replace(spec.train, **changes))
+    Raises:
+        TrainingError: an option's value can't be.
+        SpecError: its sums don't add up any more.
+    """
+    _, options = _parse(variant)
+    changes: dict[str, Any] = {} if batch_tokens is None else {"batch_tokens": batch_tokens}
+    numbers = {"rows": "micro_batch_rows", "chunk": "loss_chunk_tokens", "batch": "batch_tokens"}
+    changes |= {field: int(options[key]) for key, field in numbers.items() if key in options}
+    changes |= {key: options[key] for key in ("attention", "optimizer") if key in options}
+    if "fused" in options:
+        changes["fused_projections"] = options["fused"] == "on"
+    if options.get("mode") == "off":
+        changes["compile"] = False
+    model = spec.model
+    if "head_dim" in options:
+        size = int(options["head_dim"])
+        heads, spare = divmod(model.num_heads * model.head_dim, size)
+        kv_heads, kv_spare = divmod(model.num_kv_heads * model.head_dim, size)
+        if spare or kv_spare:
+            raise TrainingError(
+                f"head_dim is {size}: {model.num_heads} heads and {model.num_kv_heads} key heads "
+                f"of {model.head_dim} can't be cut into such heads"
+            )
+        model = dataclasses.replace(model, head_dim=size, num_heads=heads, num_kv_heads=kv_heads)
+    changed = dataclasses.replace(
+        spec, model=model, train=dataclasses.replace(spec.train, **changes)
+    )
     check_spec(changed)
     return changed
 
@@ -244,16 +273,6 @@ def _ours(
     spec: Spec, options: dict[str, str], stream: RowStream, device: torch.device
 ) -> tuple[Step, Callable[[int], float], list[float]]:
     mode = options.get("mode")
-    changes: dict[str, Any] = {}
-    for key, field in (("rows", "micro_batch_rows"), ("chunk", "loss_chunk_tokens")):
-        if key in options:
-            changes[field] = int(options[key])
-    for key in ("attention", "optimizer"):
-        if key in options:
-            changes[key] = options[key]
-    if mode == "off":
-        changes["compile"] = False
-    spec = _checked(spec, **changes)
     trainer = Trainer(
         spec,
         stream,

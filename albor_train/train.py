@@ -25,6 +25,7 @@ from albor_train.artefact import write_json
 from albor_train.attention import attention_for, prepare_mask
 from albor_train.batches import Batch, RowStream
 from albor_train.errors import DivergedError, TrainingError
+from albor_train.fused import FusedDecoder, by_original_name
 from albor_train.loss import chunk_loss, chunked_cross_entropy
 from albor_train.optim import GradientClipper, Optimizer, learning_rate
 from albor_train.runs import (
@@ -168,7 +169,7 @@ class Trainer:
             weights = {name: state.weights[name] for name in weights}
         self.weights = {name: tensor.to(world.device) for name, tensor in weights.items()}
         """The float32 weights, by Hugging Face name. The optimizer changes them in place."""
-        self.optimizer = Optimizer(self.weights, self._train)
+        self.optimizer = Optimizer(self.weights, self._train, over_rows=world.over_rows)
         """Its moments are part of a checkpoint."""
         self.ema = (
             {name: tensor.clone() for name, tensor in self.weights.items()}
@@ -178,8 +179,20 @@ class Trainer:
         if state is not None:
             self._restore(state)
         self._model = _make_model(self._config, self._train, world.device)
-        self._gradients = {name: torch.zeros_like(t) for name, t in self.weights.items()}
+        # One tensor under all gradients, so that processes sum them without gathering them first.
+        self._flat_gradient = torch.zeros(
+            sum(t.numel() for t in self.weights.values()), device=world.device
+        )
+        parts = self._flat_gradient.split([t.numel() for t in self.weights.values()])
+        self._gradients = {
+            name: part.view_as(t)
+            for part, (name, t) in zip(parts, self.weights.items(), strict=True)
+        }
         self._publish()
+        positions = torch.arange(self._train.sequence_len, device=world.device)
+        like = self._model.model.embed_tokens.weight
+        # Made once: they are the same in each pass.
+        self._rotations = self._model.rotations(positions, like)
         self._hidden = _hidden_function(self._model, self._train.attention)
         self._chunk_loss = chunk_loss
         if self._train.compile:
@@ -258,22 +271,20 @@ class Trainer:
         num_targets = round(sum(self._world.gather(sum(b.num_targets for b in batches))))
         attended = sum(self._world.gather(float(sum(b.num_attended for b in batches))))
         self._attended = attended
-        for gradient in self._gradients.values():
-            gradient.zero_()
         total = torch.zeros((), dtype=torch.float32, device=self._world.device)
         parameters = dict(self._model.named_parameters())
-        names = list(self._gradients)
+        # The first micro-batch overwrites the last step's sums: a pass less than clearing them.
+        add: Callable[[list[Tensor], list[Tensor]], object] = torch._foreach_copy_
         for batch in batches:
             loss = self._loss(batch.to(self._world.device)) / max(1, num_targets)
             loss.backward()
             total += loss.detach()
-            torch._foreach_add_(
-                [self._gradients[name] for name in names],
-                [parameters[name].grad.float() for name in names],
-            )
+            new = by_original_name({n: p.grad for n, p in parameters.items()}, self._config)
+            add(list(self._gradients.values()), [new[name] for name in self._gradients])
+            add = torch._foreach_add_
             for parameter in parameters.values():
                 parameter.grad = None
-        self._world.sum_([*self._gradients.values(), total])
+        self._world.sum_([self._flat_gradient, total])
         return float(total), num_targets
 
     def _batches_of(self, step: int) -> list[Batch]:
@@ -309,7 +320,7 @@ class Trainer:
     def _loss(self, batch: Batch) -> Tensor:
         """Sum of the losses of a batch on the device."""
         mask = prepare_mask(self._train.attention, batch.documents, self._world.device)
-        hidden = self._hidden(batch.tokens, mask)
+        hidden = self._hidden(batch.tokens, mask, self._rotations)
         head = self._model.model.embed_tokens.weight
         if not self._config.tie_embeddings:
             head = self._model.lm_head.weight
@@ -415,7 +426,7 @@ class Trainer:
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def _publish(self) -> None:
         """Copy the float32 weights into the model."""
-        parameters = dict(self._model.named_parameters())
+        parameters = by_original_name(dict(self._model.named_parameters()), self._config)
         torch._foreach_copy_(list(parameters.values()), [self.weights[name] for name in parameters])
 
     def _save(self) -> None:
@@ -493,15 +504,18 @@ def validation_loss(
 
 def _make_model(config: ModelConfig, train: TrainSpec, device: torch.device) -> Decoder:
     with torch.device("meta"):
-        model = Decoder(config)
+        model = FusedDecoder(config) if train.fused_projections else Decoder(config)
     model.to(_DTYPES[train.dtype])
     model.to_empty(device=device).requires_grad_()
     return model
 
 
-def _hidden_function(model: Decoder, kind: AttentionKind) -> Callable[[Tensor, Any], Tensor]:
-    def hidden(tokens: Tensor, mask: Any) -> Tensor:
-        out: Tensor = model.hidden(tokens, attend=attention_for(kind, mask))
+Hidden = Callable[[Tensor, Any, tuple[Tensor, Tensor]], Tensor]
+
+
+def _hidden_function(model: Decoder, kind: AttentionKind) -> Hidden:
+    def hidden(tokens: Tensor, mask: Any, rotations: tuple[Tensor, Tensor]) -> Tensor:
+        out: Tensor = model.hidden(tokens, attend=attention_for(kind, mask), rotations=rotations)
         return out
 
     return hidden

@@ -20,6 +20,7 @@ VARIANTS = [
     "ours",
     "ours:attention=causal,chunk=64,rows=4",
     "ours:optimizer=adamw,mode=off",
+    "ours:fused=on,head_dim=32,batch=2048",
 ]
 
 
@@ -29,10 +30,11 @@ def test_each_variant_trains_and_is_timed(tmp_path: Path) -> None:
     rows = bench(spec, VARIANTS, device=CPU, steps=12)
     assert [row.problem for row in rows] == [""] * len(VARIANTS)
     for row in rows:
-        assert row.tokens_per_s == pytest.approx(1024 / (row.step_ms / 1e3))
+        batch_tokens = 2048 if "batch" in row.variant else 1024
+        assert row.tokens_per_s == pytest.approx(batch_tokens / (row.step_ms / 1e3))
         # Twelve steps on the same rows: the loss falls below that of equal chances.
         assert row.loss < math.log(512), row.variant
-    assert [row.update_ms > 0 for row in rows] == [False, False, True, True, True]
+    assert [row.update_ms > 0 for row in rows] == [False, False, True, True, True, True]
     assert all(row.update_ms < row.step_ms for row in rows)
     assert sorted(tmp_path.rglob("*")) == before
     text = table(rows)
@@ -47,6 +49,8 @@ def test_what_fails_or_comes_late_is_a_row(tmp_path: Path) -> None:
     assert "needs a CUDA device" in rows[0].problem
     assert not rows[1].problem
     assert "needs a CUDA device" in table(rows)
+    (odd,) = bench(spec, ["ours:head_dim=48"], device=CPU, steps=1)
+    assert "can't be cut" in odd.problem
     (late,) = bench(spec, ["ours"], device=CPU, max_seconds=-1)
     assert late.problem.startswith("not begun")
 

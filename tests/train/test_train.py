@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from albor_train.artefact import Artefact
 from albor_train.batches import RowStream
@@ -158,6 +159,22 @@ def test_gradients_do_not_depend_on_how_a_batch_is_cut(prepared: Prepared, tmp_p
         assert count == results[0][1]
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, results[0][2][name], rtol=1e-4, atol=1e-6)
+
+
+def test_fused_projections_train_the_same_matrices(prepared: Prepared, tmp_path: Path) -> None:
+    plain = prepared.trainer(prepared.spec(), tmp_path / "plain")
+    fused = prepared.trainer(prepared.spec(fused_projections=True), tmp_path / "fused")
+    expected, records = plain.run(), fused.run()
+    assert [r.loss for r in records] == pytest.approx([r.loss for r in expected], rel=1e-4)
+    assert fused.optimizer.moments.keys() == plain.optimizer.moments.keys()
+    saved = [latest_checkpoint(tmp_path / name) for name in ("plain", "fused")]
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        one, other = (load_file(folder / file) for folder in saved if folder is not None)
+        assert one.keys() == other.keys()
+        for name, tensor in one.items():
+            torch.testing.assert_close(other[name], tensor, rtol=1e-2, atol=1e-4)
+    resumed = prepared.trainer(prepared.spec(fused_projections=True), tmp_path / "fused")
+    assert bits(resumed) == bits(fused)
 
 
 def test_not_a_number_stops_and_saves_nothing(prepared: Prepared, tmp_path: Path) -> None:
