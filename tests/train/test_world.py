@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from albor_train.artefact import Artefact
+from albor_train.cli import main
 from albor_train.errors import TrainingError
 from albor_train.ladder import prepare
 from albor_train.optim import orthogonalize
@@ -68,10 +69,13 @@ def test_shares_of_unequal_devices() -> None:
 
 
 def run_training(folder: Path, tokens: Artefact, out: Path, processes: int) -> None:
+    train = ["train", str(folder / "spec.yaml"), "--work", str(folder / "work"), "--jobs", "1"]
+    train += ["--tokens", str(tokens.folder), "--out", str(out), "--device", "cpu"]
+    if processes == 1:
+        assert main(train) == 0
+        return
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={processes}", "-m", "albor_train", "train"]
-    command += [str(folder / "spec.yaml"), "--work", str(folder / "work"), "--jobs", "1"]
-    command += ["--tokens", str(tokens.folder), "--out", str(out), "--device", "cpu"]
+    command += [f"--nproc-per-node={processes}", "-m", "albor_train", *train]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
