@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import hashlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +50,7 @@ OPTIONS: Final = {
     "fused": "on: one product for query, key and value, one for gate and up; or off",
     "head_dim": "size of a head; their number changes so that the width stays",
     "batch": "tokens of one step",
+    "deterministic": "on: only algorithms that give the same bits each time",
 }
 """What a variant of ours may change."""
 
@@ -92,12 +94,19 @@ class BenchRow:
     memory_bytes: int
     loss: float
     """After the last step; on random tokens near the logarithm of the vocabulary."""
+    digest: str = ""
+    """Of ours: start of the SHA-256 of the weights after the last step. Two rows of a variant with
+    the same digest did the same to the bit."""
     problem: str = ""
     """Why there are no figures."""
 
 
 Step = Callable[[int], float]
 """Does step number n and returns its loss."""
+
+_Made = tuple[Step, Callable[[int], float], list[float], Callable[[], str]]
+"""A variant's step, the operations of one step, a list that gets update times in ms, and the digest
+of its weights."""
 
 
 def bench(
@@ -134,6 +143,8 @@ def bench(
         except Exception as error:  # noqa: BLE001
             reason = " ".join(str(error).split())[:200]
             row = _failed(variant, f"{type(error).__name__}: {reason}")
+        finally:
+            torch.use_deterministic_algorithms(False)
         rows.append(row)
         say(_line(row))
         gc.collect()
@@ -152,7 +163,7 @@ def profile(spec: Spec, variant: str, *, device: torch.device, batch_tokens: int
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
-    step, _, _ = _make(_variant_of(spec, variant, batch_tokens), variant, device)
+    step, *_ = _make(_variant_of(spec, variant, batch_tokens), variant, device)
     for number in range(3):
         step(number)
     activities = [ProfilerActivity.CPU]
@@ -166,7 +177,7 @@ def profile(spec: Spec, variant: str, *, device: torch.device, batch_tokens: int
 
 
 def _failed(variant: str, problem: str) -> BenchRow:
-    return BenchRow(variant, 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0.0, problem)
+    return BenchRow(variant, 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0.0, problem=problem)
 
 
 def _variant_of(spec: Spec, variant: str, batch_tokens: int | None) -> Spec:
@@ -218,7 +229,7 @@ def _parse(variant: str) -> tuple[str, dict[str, str]]:
 def _measure(spec: Spec, variant: str, device: torch.device, steps: int) -> BenchRow:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    step, flops, update_ms = _make(spec, variant, device)
+    step, flops, update_ms, digest = _make(spec, variant, device)
     times: list[float] = []
     loss = 0.0
     for number in range(steps + 2):
@@ -239,6 +250,7 @@ def _measure(spec: Spec, variant: str, device: torch.device, steps: int) -> Benc
         1e3 * times[0],
         memory,
         loss,
+        digest(),
     )
 
 
@@ -247,10 +259,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _make(
-    spec: Spec, variant: str, device: torch.device
-) -> tuple[Step, Callable[[int], float], list[float]]:
-    """A variant's step, the operations of one step, and a list that gets update times in ms."""
+def _make(spec: Spec, variant: str, device: torch.device) -> _Made:
     name, options = _parse(variant)
     stream = RowStream([_random_pack(spec)])
     if name == "ours":
@@ -269,10 +278,10 @@ def _random_pack(spec: Spec) -> Pack:
     return Pack(Path(), "bench", tokens, _END, _PAD, tokens.size)
 
 
-def _ours(
-    spec: Spec, options: dict[str, str], stream: RowStream, device: torch.device
-) -> tuple[Step, Callable[[int], float], list[float]]:
+def _ours(spec: Spec, options: dict[str, str], stream: RowStream, device: torch.device) -> _Made:
     mode = options.get("mode")
+    if options.get("deterministic") == "on":
+        torch.use_deterministic_algorithms(True)
     trainer = Trainer(
         spec,
         stream,
@@ -297,7 +306,13 @@ def _ours(
             attended = rows * spec.train.sequence_len * (spec.train.sequence_len + 1) // 2
         return _decoder_flops(spec.model_config, spec.train, attended)
 
-    return step, flops, update_ms
+    def digest() -> str:
+        total = hashlib.sha256()
+        for weight in trainer.weights.values():
+            total.update(weight.cpu().numpy().tobytes())
+        return total.hexdigest()[:16]
+
+    return step, flops, update_ms, digest
 
 
 def _decoder_flops(config: ModelConfig, train: TrainSpec, attended: int) -> float:
@@ -307,9 +322,7 @@ def _decoder_flops(config: ModelConfig, train: TrainSpec, attended: int) -> floa
     )
 
 
-def _whole_model(
-    spec: Spec, name: str, stream: RowStream, device: torch.device
-) -> tuple[Step, Callable[[int], float], list[float]]:
+def _whole_model(spec: Spec, name: str, stream: RowStream, device: torch.device) -> _Made:
     """The two loops that most people would write, compiled as one function with the loss."""
     train, config = spec.train, spec.model_config
     low = torch.bfloat16 if train.dtype == "bfloat16" else torch.float32
@@ -363,7 +376,7 @@ def _whole_model(
         weights = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("places"))
         total_flops = 6.0 * weights * train.batch_tokens
         total_flops += 12.0 * config.num_layers * config.hidden_size * pairs
-    return step, lambda _: total_flops, []
+    return step, lambda _: total_flops, [], lambda: ""
 
 
 def _micro_batches(

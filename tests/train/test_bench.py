@@ -56,6 +56,15 @@ def test_what_fails_or_comes_late_is_a_row(tmp_path: Path) -> None:
     assert late.problem.startswith("not begun")
 
 
+def test_digests_tell_whether_two_runs_did_the_same(tmp_path: Path) -> None:
+    spec = load_spec(write_tiny_spec(tmp_path))
+    variants = ["ours:deterministic=on", "ours:deterministic=on", "ours:optimizer=adamw", "nanogpt"]
+    first, second, other, peer = bench(spec, variants, device=CPU, steps=1)
+    assert first.digest == second.digest != other.digest
+    assert (len(first.digest), peer.digest) == (16, "")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 @pytest.mark.parametrize("variant", ["theirs", "ours:colour=red", "plain:rows=2"])
 def test_unknown_variants_are_refused(tmp_path: Path, variant: str) -> None:
     spec = load_spec(write_tiny_spec(tmp_path))
