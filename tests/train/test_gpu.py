@@ -14,7 +14,11 @@ from albor_train.train import Trainer
 from albor_train.world import World
 from tests.train.test_train import Prepared
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
+]
 
 GPU = World(0, 1, torch.device("cuda"))
 SETTINGS: dict[str, Any] = {
