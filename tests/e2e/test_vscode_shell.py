@@ -132,12 +132,12 @@ def test_tab_accepts_everything_and_one_undo_takes_it_back(window: Window, scrip
     window.type("def add(")
     window.wait_ghost("a, b):")
     window.press("Tab")
-    assert window.code() == ADD
+    wait_for(lambda: window.code() == ADD, "accepted text")
     wait_for(lambda: script.messages("workspace/executeCommand"), "word of the acceptance")
     told = script.messages("workspace/executeCommand")[0]["params"]
     assert told["command"] == "scripted.accepted"
     window.press("Control+z")
-    assert window.code() == "def add("
+    wait_for(lambda: window.code() == "def add(", "text before the acceptance")
 
 
 def test_accepts_by_word_and_by_line(window: Window) -> None:
