@@ -42,6 +42,9 @@ class Shelf:
 
 '''
 TYPED = "    def authors(self):\n        return "
+#: Whether there is ghost text must not depend on how sure the model is with other files beside.
+#: The last test starts with the settings as they come.
+SURE = {"albor.minConfidence": 0, "albor.otherFiles": False}
 
 
 class Completion:
@@ -79,7 +82,7 @@ def editor(
     home = tmp_path_factory.mktemp("home")
     real_lsp(home / ".local" / "bin" / "albor-lsp")
     address = {"ALBOR_SERVER_URL": f"http://127.0.0.1:{completion.port}"}
-    with running(CodeServer(home, [VSIX], address, {})) as server:
+    with running(CodeServer(home, [VSIX], address, SURE)) as server:
         yield server
 
 
