@@ -147,7 +147,7 @@ def should_ask(before: str, after: str, language: str, invoked: bool) -> Decisio
         return Decision(True, "code follows on the line", "line", LINE_LEN)
     opener = (":", "(", "[", "{") if language == "python" else ("{", "(", "[")
     if stripped:
-        if stripped.endswith(opener[-1] if language != "python" else opener) and not rest:
+        if stripped.endswith(opener if language == "python" else "{") and not rest:
             return Decision(True, "a new block", "block", BLOCK_LEN)
         return Decision(True, "the end of a line", "line", LINE_LEN)
     above = before.rstrip()

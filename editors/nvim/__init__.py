@@ -1,0 +1,1 @@
+"""Files that `albor setup` puts in place; no code."""
