@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import time
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,23 @@ import psutil
 from playwright.sync_api import Page
 from playwright.sync_api import TimeoutError as PageTimeoutError
 
-__all__ = ["CHROMIUM", "CODE_SERVER", "CodeServer", "Window", "wait_for"]
+__all__ = [
+    "CHROMIUM",
+    "CODE_SERVER",
+    "CodeServer",
+    "Window",
+    "activation_ms",
+    "empty_extension",
+    "free_port",
+    "running",
+    "wait_for",
+]
 
 CHROMIUM = os.environ.get("ALBOR_CHROMIUM") or shutil.which("chromium") or shutil.which("chrome")
-CODE_SERVER = os.environ.get("ALBOR_CODE_SERVER")
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+_CACHED = _CACHE / "albor-e2e" / "code-server" / "code-server"
+#: What the variable names, else what tests/e2e/get_code_server.sh has put into the cache.
+CODE_SERVER = os.environ.get("ALBOR_CODE_SERVER") or (str(_CACHED) if _CACHED.is_file() else None)
 
 WAIT_MS = 15_000
 TRIES = 3
@@ -72,6 +87,36 @@ def free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
         return port
+
+
+#: An extension that does nothing, which an activation's cost is compared with.
+EMPTY = "tests.nothing"
+_EMPTY_MANIFEST = """<?xml version="1.0" encoding="utf-8"?>
+<PackageManifest Version="2.0.0" xmlns="http://schemas.microsoft.com/developer/vsx-schema/2011">
+<Metadata><Identity Language="en-US" Id="nothing" Version="1.0.0" Publisher="tests"/>
+<DisplayName>nothing</DisplayName></Metadata>
+<Installation><InstallationTarget Id="Microsoft.VisualStudio.Code"/></Installation><Dependencies/>
+<Assets><Asset Type="Microsoft.VisualStudio.Code.Manifest" Path="extension/package.json"/></Assets>
+</PackageManifest>"""
+
+
+def empty_extension(path: Path) -> Path:
+    """Write a package at `path` whose extension starts when albor's does, and does nothing."""
+    publisher, _, name = EMPTY.partition(".")
+    package = {
+        "name": name,
+        "publisher": publisher,
+        "version": "1.0.0",
+        "engines": {"vscode": "^1.91.0"},
+        "main": "./nothing.js",
+        "extensionKind": ["workspace"],
+        "activationEvents": ["onStartupFinished"],
+    }
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("extension.vsixmanifest", _EMPTY_MANIFEST)
+        file.writestr("extension/package.json", json.dumps(package))
+        file.writestr("extension/nothing.js", "exports.activate = () => {};\n")
+    return path
 
 
 class CodeServer:
@@ -321,13 +366,23 @@ class Window:
         label = item.first.locator("a").get_attribute("aria-label") or ""
         return f"{item.first.inner_text()} | {label}"
 
+    def point_at_status(self) -> str:
+        """Hold the pointer over the status bar item; returns what pops up."""
+        self.page.locator('.statusbar-item[id="albor.albor.albor.status"]').hover()
+        box = self.page.locator(".monaco-hover:visible", has_text="Click for the menu")
+        box.first.wait_for()
+        return box.first.inner_text()
+
     def wait_status(self, text: str, seconds: float = WAIT_MS / 1000) -> str:
         """Wait until the status bar item holds `text`."""
-        found: str = wait_for(
-            lambda: status if text in (status := self.status()) else "",
-            f"status with {text!r}",
-            seconds,
-        )
+        try:
+            found: str = wait_for(
+                lambda: status if text in (status := self.status()) else "",
+                f"status with {text!r}",
+                seconds,
+            )
+        except AssertionError as error:
+            raise AssertionError(f"{error}: it is {self.status()!r}") from None
         return found
 
     def pick(self, label: str) -> None:
@@ -351,6 +406,22 @@ class Window:
         """Save what is to be seen as a PNG file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.page.screenshot(path=path)
+
+
+def activation_ms(window: Window, name: str) -> float | None:
+    """What the editor says that loading and activating an extension took; None if it doesn't.
+
+    The window is made high: rows out of sight are not in the page.
+    """
+    window.page.set_viewport_size({"width": 1000, "height": 1800})
+    window.run("Developer: Show Running Extensions")
+    row = window.page.locator(".runtime-extensions-editor .monaco-list-row", has_text=name)
+    try:
+        text = row.first.inner_text(timeout=5000)
+    except PageTimeoutError:
+        return None
+    found = re.search(r"Activation: (\d+)ms", text)
+    return float(found[1]) if found else None
 
 
 @contextlib.contextmanager

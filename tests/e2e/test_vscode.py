@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,15 @@ import psutil
 import pytest
 
 pytest.importorskip("playwright.sync_api")
-from tests.e2e.code_server import CodeServer, Window, free_port, running, wait_for
+from tests.e2e.code_server import (
+    CodeServer,
+    Window,
+    activation_ms,
+    empty_extension,
+    free_port,
+    running,
+    wait_for,
+)
 from tests.e2e.vscode_fixtures import (
     EXTENSION,
     ROOT,
@@ -82,7 +91,8 @@ def editor(
     home = tmp_path_factory.mktemp("home")
     real_lsp(home / ".local" / "bin" / "albor-lsp")
     address = {"ALBOR_SERVER_URL": f"http://127.0.0.1:{completion.port}"}
-    with running(CodeServer(home, [VSIX], address, SURE)) as server:
+    packages = [VSIX, empty_extension(home / "nothing.vsix")]
+    with running(CodeServer(home, packages, address, SURE)) as server:
         yield server
 
 
@@ -115,6 +125,8 @@ def test_types_sees_and_accepts(window: Window) -> None:
     status = window.status()
     assert "Model: " in status
     assert re.search(r"Last suggestion: .* ms", status)
+    window.point_at_status()
+    shot(window, "status")
     window.press("Tab")
     accepted = START + TYPED + ghost.lstrip("\n")
     wait_for(lambda: window.code().startswith(accepted.split("\n")[0]), "accepted text")
@@ -201,16 +213,20 @@ def test_nothing_was_asked_of_anybody_else(window: Window) -> None:
     assert window.strangers == set()
 
 
-def test_activation_costs_little(window: Window, editor: CodeServer) -> None:
-    """What the editor itself says: Developer: Show Running Extensions."""
-    window.run("Developer: Show Running Extensions")
-    row = window.page.locator(".runtime-extensions-editor .monaco-list-row", has_text="albor")
-    row.first.wait_for()
-    text = row.first.inner_text()
-    found = re.search(r"Activation: (\d+)ms", text) or re.search(r"(\d+)\s?ms", text)
-    assert found, text
-    shot(window, "running-extensions")
-    print(f"activation: {found[1]} ms")
+def test_activation_costs_little(editor: CodeServer, context: Any, window: Window) -> None:
+    """What the editor itself says, less what it says of an extension that does nothing."""
+    costs = []
+    for _ in range(3):
+        other = Window(context.new_page(), editor, window.folder)
+        wait_for(lambda page=other: page.status(), "status bar item")
+        albor, nothing = activation_ms(other, "albor"), activation_ms(other, "nothing")
+        assert albor is not None
+        assert nothing is not None
+        costs.append(albor - nothing)
+        other.page.close()
+    window.page.bring_to_front()
+    assert statistics.median(costs) <= 30, costs
+    print(f"activation: {costs} ms")
 
 
 def test_the_installed_extension_is_small() -> None:
@@ -222,7 +238,7 @@ def test_the_installed_extension_is_small() -> None:
 def test_starts_everything_by_itself_and_leaves_nothing(
     browser: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """No server runs and none is named: the language server starts one, for two windows."""
+    """No server runs and none is named, and the machine is offline: every proxy is dead."""
     home, project = tmp_path / "home", tmp_path / "project"
     # A short path: the server listens on a socket below it.
     runtime = tmp_path_factory.mktemp("run")
@@ -230,7 +246,9 @@ def test_starts_everything_by_itself_and_leaves_nothing(
     (project / "shelf.py").write_text(START)
     real_lsp(home / ".local" / "bin" / "albor-lsp")
     modules = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {"XDG_RUNTIME_DIR": str(runtime), "PYTHONPATH": modules}
+    dead = f"http://127.0.0.1:{free_port()}"
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), dead)
+    environment = proxies | {"XDG_RUNTIME_DIR": str(runtime), "PYTHONPATH": modules}
 
     def of_this_test() -> list[psutil.Process]:
         return [p for p in psutil.process_iter() if str(runtime) in _command_line(p)]

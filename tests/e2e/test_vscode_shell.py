@@ -290,6 +290,93 @@ def test_the_menu_holds_everything(window: Window) -> None:
     window.wait_status("ready")
 
 
+def test_each_entry_of_the_menu_does_what_it_says(
+    window: Window, editor: CodeServer, script: Script
+) -> None:
+    def choose(label: str) -> None:
+        window.run("albor: Show Menu")
+        window.pick(label)
+
+    for place in ("everywhere", "for python", "in this workspace"):
+        choose(f"Turn on or off {place}")
+        window.wait_status("off for python here")
+        choose(f"Turn on or off {place}")
+        window.wait_status("ready")
+    shutil.rmtree(window.folder / ".vscode", ignore_errors=True)
+    choose("Explain the last suggestion")
+    assert "# albor.explain" in window.text_of_tab("explanation.md")
+    choose("Statistics")
+    assert "# albor.stats" in window.text_of_tab("statistics.md")
+    choose("Log")
+    window.page.locator(".part.panel .view-lines").first.wait_for()
+    window.press("Control+j")
+    window.open("start.py")
+    window.type("d")
+    (old,) = wait_for(script.pids, "a message")
+    choose("Restart")
+    wait_for(lambda: script.pids() - {old}, "another process")
+    window.wait_status("ready")
+    choose("Settings")
+    found = window.page.locator(".settings-editor .setting-item-label", has_text="Automatic")
+    found.first.wait_for()
+    choose("Walkthrough")
+    window.page.locator(WALKTHROUGH, has_text="Start with albor").wait_for()
+    window.open("start.py")
+
+
+def test_commands_of_the_palette(window: Window) -> None:
+    window.run("albor: Pause or Resume")
+    window.wait_status("paused")
+    window.type("def add")
+    window.page.wait_for_timeout(500)
+    assert window.ghost() == ""
+    window.run("albor: Pause or Resume")
+    window.wait_status("ready")
+    window.run("albor: Suggest Now")
+    window.wait_ghost("(a, b)")
+
+
+def test_each_documented_command_is_in_a_test() -> None:
+    """By its title in the palette, by its entry of the menu, or, in an editor, by its key."""
+    package = json.loads((EXTENSION / "package.json").read_text())
+    tests = Path(__file__).read_text()
+    by_key = {"albor.acceptWord": "Control+ArrowRight", "albor.acceptLine": "Control+Alt+ArrowRight"}
+    for each in package["contributes"]["commands"]:
+        title = f'"albor: {each["title"]}"'
+        assert title in tests or by_key.get(each["command"], title) in tests, title
+
+
+def test_each_setting_reaches_the_server_as_it_was_set(window: Window, script: Script) -> None:
+    properties = json.loads((EXTENSION / "package.json").read_text())["contributes"][
+        "configuration"
+    ]["properties"]
+    own = {"albor.automatic", "albor.enabled", "albor.path"}
+    wanted = {name: other_than(p) for name, p in properties.items() if name not in own}
+    window.set_machine(wanted)
+    try:
+        short = {name.partition(".")[2]: value for name, value in wanted.items()}
+
+        def is_told() -> bool:
+            answers = script.messages("")
+            return bool(answers) and answers[-1]["result"] == [short]
+
+        wait_for(is_told, "the settings")
+    finally:
+        window.set_machine({})
+
+
+def other_than(schema: dict[str, Any]) -> Any:
+    """A valid value that is not the default."""
+    default = schema["default"]
+    if isinstance(default, bool):
+        return not default
+    if isinstance(default, int):
+        return default + 1
+    if isinstance(default, float):
+        return default / 2
+    return [*default, "more"] if isinstance(default, list) else f"{default}x"
+
+
 def test_status_shows_model_and_latency(window: Window) -> None:
     window.type("def add")
     window.wait_ghost("(a, b)")
@@ -400,7 +487,7 @@ def test_installing_is_offered_and_done_only_after_a_yes(
 
 def test_a_huge_file_stays_out_and_the_editor_usable(window: Window, script: Script) -> None:
     line = "value = 'some text that goes on and on'\n"
-    (window.folder / "huge.py").write_text(line * 120_000)
+    (window.folder / "huge.py").write_text(line * 1_300_000)
     script.write()
     window.open("huge.py")
     window.wait_status("larger than 4 million")
