@@ -244,10 +244,21 @@ class Window:
 
     # What a person does
 
-    def open(self, name: str) -> None:
-        """Open a file of the folder by name and put the cursor at its end."""
+    def open(self, name: str, anyway: bool = False) -> None:
+        """Open a file of the folder by name and put the cursor at its end.
+
+        With `anyway` the editor is expected to ask first, as for a huge or binary file.
+        """
         self._choose("Control+p", name, f'[aria-label^="{name}"]')
         self.page.locator(f'.tab.active[data-resource-name="{name}"]').wait_for()
+        if anyway:
+            self.page.locator(".monaco-editor-pane-placeholder", has_text="Open Anyway").wait_for()
+            self.page.get_by_text("Open Anyway").click()
+            choice = self.page.locator(".quick-input-list .monaco-list-row", has_text="Text Editor")
+            lines = self.page.locator(".editor-instance .view-line")
+            choice.or_(lines).first.wait_for(timeout=2 * WAIT_MS)
+            if choice.count() > 0:
+                choice.first.click()
         self.page.wait_for_selector(".editor-instance .view-line")
         self.page.keyboard.press("Control+End")
 
