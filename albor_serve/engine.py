@@ -43,7 +43,7 @@ from albor_serve.errors import (
 )
 from albor_serve.healing import ForcedBytes, TokenIndex
 from albor_serve.histogram import EngineMetrics, HistogramView
-from albor_serve.kv_slots import Slot, SlotTable, common_prefix_len
+from albor_serve.kv_slots import Slot, SlotTable
 from albor_serve.sampler import Sampled, Sampler, log_softmax, top_logprobs
 from albor_serve.scopes import LexerMemo, ScopeGuard
 from albor_serve.sequence import (
@@ -215,6 +215,7 @@ class Engine:
         """
         info = backend.info
         self._backend = backend
+        self._device = backend if isinstance(backend, DeviceDecoder) else None
         self._tokenizer = tokenizer
         self._config = config
         self._clock = clock
@@ -315,9 +316,7 @@ class Engine:
         is not counted.
         """
         wanted = np.array(prompt, dtype=np.int32)
-        cached_len = max(
-            common_prefix_len(slot.tokens[: slot.cached_len], wanted) for slot in self._slots.slots
-        )
+        _, cached_len = self._slots.longest(wanted)
         return (wanted.size - cached_len) * self._prefill_ms_per_token
 
     def stats(self) -> EngineStats:
@@ -691,7 +690,7 @@ class Engine:
         """
         sampling = sequence.request.sampling
         return (
-            isinstance(self._backend, DeviceDecoder)
+            self._device is not None
             and sequence.forced is None
             and sampling.num_logprobs is None
             and (sampling.is_greedy or sampling.seed is None)
@@ -703,8 +702,8 @@ class Engine:
 
     def _decode_on_device(self, sequence: _Sequence) -> None:
         """Up to DEVICE_RUN_LEN tokens without logits on the host."""
-        backend = self._backend
-        assert isinstance(backend, DeviceDecoder)
+        device = self._device
+        assert device is not None, "_can_leave_to_device said so"
         request, slot = sequence.request, sequence.held_slot
         generated = Counter(slot.tokens[sequence.prompt.size : sequence.num_tokens].tolist())
         plan = DevicePlan(
@@ -735,7 +734,7 @@ class Engine:
             return reason is None and not sequence.is_cancelled and not self._inbox
 
         last = int(slot.tokens[sequence.num_tokens - 1])
-        self._call([sequence], lambda: backend.decode(slot.index, last, plan, on_token))
+        self._call([sequence], lambda: device.decode(slot.index, last, plan, on_token))
         if reason is not None and sequence.slot is not None:
             self._finish(sequence, reason)
 

@@ -75,10 +75,7 @@ class SlotTable:
         free = [slot for slot in self.slots if not slot.is_busy]
         if not free:
             return None
-        shared = {
-            slot.index: min(common_prefix_len(slot.tokens[: slot.cached_len], prompt), max_reuse)
-            for slot in self.slots
-        }
+        shared = self._shared(prompt[:max_reuse])
         best = min(free, key=lambda slot: self._rank(slot, session, shared[slot.index]))
         source = max(self.slots, key=lambda slot: shared[slot.index])
         gain = shared[source.index] - shared[best.index]
@@ -88,9 +85,13 @@ class SlotTable:
 
     def longest(self, prompt: TokenArray) -> tuple[Slot, int]:
         """The slot, busy or free, that holds most of `prompt` (int32 [T]), and how many tokens."""
-        shared = [common_prefix_len(slot.tokens[: slot.cached_len], prompt) for slot in self.slots]
+        shared = self._shared(prompt)
         best = max(self.slots, key=lambda slot: shared[slot.index])
         return best, shared[best.index]
+
+    def _shared(self, prompt: TokenArray) -> list[int]:
+        """How many of the first tokens of `prompt` each slot holds."""
+        return [common_prefix_len(slot.tokens[: slot.cached_len], prompt) for slot in self.slots]
 
     def _rank(self, slot: Slot, session: str | None, shared_len: int) -> tuple[float, ...]:
         """Sort key of a free slot, smallest best: own, then unprotected, then protected."""

@@ -235,9 +235,10 @@ class _App:
         num_bytes: int,
     ) -> Response:
         """Plan, run and write a completion; see `Host`."""
-        options = spec.options
-        if spec.fim_suffix is not None and "min_confidence" not in options.model_fields_set:
-            changes = {"min_confidence": self._settings.min_confidence}
+        least, options = self._settings.min_confidence, spec.options
+        is_unsaid = "min_confidence" not in options.model_fields_set
+        if least and spec.fim_suffix is not None and is_unsaid:
+            changes = {"min_confidence": least}
             spec = replace(spec, options=options.model_copy(update=changes))
         if num_bytes > LARGE_BODY_BYTES:
             jobs = await asyncio.to_thread(plan_jobs, served, spec)

@@ -12,13 +12,15 @@ import pydoc
 import textwrap
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, get_args
+from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.responses import Response
+
+from albor_serve.api.schemas import with_inner
 
 __all__ = ["Usage", "add_document", "route"]
 
@@ -173,24 +175,11 @@ def _build(app: FastAPI) -> dict[str, Any]:
     models: list[Any] = [pydoc.locate(name) for name in sorted(names)]
     _, schemas = models_json_schema([(model, "validation") for model in models], ref_template=REF)
     parts = schemas.get("$defs", {})
-    for model in _with_inner(models):
+    for model in with_inner(models):
         for name, text in _field_docs(model).items():
             parts[model.__name__]["properties"][name].setdefault("description", text)
     document["components"] = {"schemas": dict(sorted(parts.items()))}
     return document
-
-
-def _with_inner(models: Sequence[type[BaseModel]]) -> set[type[BaseModel]]:
-    """These models and those of their fields."""
-    found: set[type[BaseModel]] = set()
-    waiting: list[Any] = list(models)
-    while waiting:
-        each = waiting.pop()
-        waiting += get_args(each)
-        if isinstance(each, type) and issubclass(each, BaseModel) and each not in found:
-            found.add(each)
-            waiting += [field.annotation for field in each.model_fields.values()]
-    return found
 
 
 def _field_docs(model: type[BaseModel]) -> dict[str, str]:

@@ -100,7 +100,6 @@ class LlamaCppBody(Body):
     ignore_eos: bool | None = None
     """Never end by a token that ends texts."""
     logit_bias: Annotated[Any, WithJsonSchema(_BIAS_SCHEMA)] = None
-    """[[token id or text, bias or false], ...] or an object of them."""
     n_probs: Annotated[int, Field(ge=0, le=20)] | None = None
     """Report this many most likely tokens at each place."""
     stream: bool | None = None

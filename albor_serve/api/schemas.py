@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
@@ -23,6 +24,7 @@ __all__ = [
     "parse_body",
     "parse_completion",
     "parse_json",
+    "with_inner",
 ]
 
 MAX_PROMPTS = 16
@@ -45,7 +47,8 @@ Prompt = str | tuple[int, ...]
 
 _TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _PROMPT_SCHEMA = {
-    "description": "Text, token ids, or a list of either (mixed too).",
+    "description": "Text, token ids, or a list of either (mixed too); with suffix, one text: what "
+    "stands before the cursor.",
     "anyOf": [
         {"type": "string", "minLength": 1},
         _TOKEN_IDS,
@@ -183,8 +186,6 @@ class CompletionBody(Body):
     model: ModelName | None = None
     """One of the names that /v1/models lists; without it the default model."""
     prompt: Annotated[Any, WithJsonSchema(_PROMPT_SCHEMA)] = "<|endoftext|>"
-    """Text, token ids, or a list of either (mixed too); with `suffix`, the text before the
-    cursor."""
     suffix: str | None = None
     """Text after the cursor: asks for fill-in-the-middle."""
     segments: TabbySegments | None = None
@@ -378,14 +379,20 @@ def check_stops(stop: Any) -> tuple[str, ...]:
 
 def _field_names(schema: type[BaseModel]) -> frozenset[object]:
     """Names of a schema's fields and of those inside them: what an error may speak of."""
-    names: set[object] = set(schema.model_fields)
-    annotations: list[Any] = [field.annotation for field in schema.model_fields.values()]
-    while annotations:
-        annotation = annotations.pop()
-        annotations += get_args(annotation)
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            names |= _field_names(annotation)
-    return frozenset(names)
+    return frozenset(name for each in with_inner([schema]) for name in each.model_fields)
+
+
+def with_inner(models: Iterable[type[BaseModel]]) -> set[type[BaseModel]]:
+    """These models and those of their fields."""
+    found: set[type[BaseModel]] = set()
+    waiting: list[Any] = list(models)
+    while waiting:
+        each = waiting.pop()
+        waiting += get_args(each)
+        if isinstance(each, type) and issubclass(each, BaseModel) and each not in found:
+            found.add(each)
+            waiting += [field.annotation for field in each.model_fields.values()]
+    return found
 
 
 def is_token_id(item: object) -> bool:

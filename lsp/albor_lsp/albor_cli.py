@@ -7,42 +7,31 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from albor_lsp import __version__
-from albor_lsp.errors import LspError, SettingsError
+from albor_lsp.command import Parser, exit_code
 
 __all__ = ["main"]
 
 MARKS = {"ok": "ok  ", "note": "note", "bad": "BAD "}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"{message}: see {self.prog} --help")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (0 fine, 1 failed or found bad, 2 wrong usage)."""
-    try:
-        options = _parser().parse_args(argv)
-        if options.command == "doctor":
-            return _doctor(options)
-        return _remove() if options.remove else _set_up(options)
-    except SettingsError as error:
-        print(f"albor: {error}", file=sys.stderr)
-        return 2
-    except (LspError, OSError) as error:
-        print(f"albor: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return exit_code("albor", lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    options = _parser().parse_args(argv)
+    if options.command == "doctor":
+        return _doctor(options)
+    return _remove() if options.remove else _set_up(options)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="albor", description="Code completion from your own machine.")
+    parser = Parser(prog="albor", description="Code completion from your own machine.")
     parser.add_argument("--version", action="version", version=f"albor {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     setup = commands.add_parser("setup", help="set up the editors that are installed")
     setup.add_argument("--yes", action="store_true", help="write without asking")
     setup.add_argument("--remove", action="store_true", help="take back all that setup wrote")

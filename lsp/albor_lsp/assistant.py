@@ -509,8 +509,7 @@ class Assistant:
                 return found[0], found[1], "cached"
         source = "joined" if self._joins(query) else "computed"
         flight = self._fly(query)
-        patience_s: float | None = None if whole else PATIENCE_MS / 1000
-        began_s = now_ms() / 1000
+        shows_part_at_ms = None if whole else now_ms() + PATIENCE_MS
         while query.opened.ticket is ticket:
             typed = flight.typed_since(query)
             if typed is None or (flight.is_done and typed and flight.text == typed):
@@ -519,10 +518,11 @@ class Assistant:
                 raise flight.error
             elif flight.answer is not None:
                 return flight.text[len(typed) :], flight.answer, source
-            elif patience_s is None or now_ms() / 1000 - began_s < patience_s:
-                left_s = patience_s and began_s + patience_s - now_ms() / 1000
+            elif shows_part_at_ms is None:
+                await flight.changed()
+            elif (left_ms := shows_part_at_ms - now_ms()) > 0:
                 with contextlib.suppress(TimeoutError):
-                    await flight.changed(left_s)
+                    await flight.changed(left_ms / 1000)
             elif lines := _whole_lines(flight.text[len(typed) :]):
                 flight.was_shown_in_part = True
                 return lines, Answer(()), "partial"
@@ -533,8 +533,9 @@ class Assistant:
     def _goes_on(self, query: _Query, source: str) -> bool:
         """Whether this is more of what was shown in part before."""
         flight = query.opened.flight
-        is_later = source != "partial" and flight is not None and flight.was_shown_in_part
-        return is_later and flight is not None and flight.typed_since(query) is not None
+        if flight is None or not flight.was_shown_in_part or source == "partial":
+            return False
+        return flight.typed_since(query) is not None
 
     async def _others(self, query: _Query) -> list[str]:
         """More suggestions, less likely ones."""

@@ -12,10 +12,11 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Sequence
-from typing import Final, NoReturn
+from typing import Final
 
 from albor_lsp import __version__
-from albor_lsp.errors import LspError, SettingsError
+from albor_lsp.command import Parser, exit_code
+from albor_lsp.errors import SettingsError
 from albor_lsp.rpc import FramingError, Peer
 from albor_lsp.server import LanguageServer
 
@@ -39,35 +40,24 @@ Settings: ~/.config/albor/lsp.json, or the editor's, section "albor"; docs/lsp.m
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"{message}: see {self.prog} --help")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code (0 fine, 1 failed, 2 asked for the impossible)."""
-    try:
-        arguments = list(sys.argv[1:] if argv is None else argv)
-        if arguments[:1] == ["stats"]:
-            return _stats(arguments[1:])
-        options = _parser().parse_args(arguments)
-        lines: deque[str] = deque(maxlen=MAX_LOG_LINES)
-        _set_up_logging(options.log_level, lines)
-        if options.tcp is not None:
-            return asyncio.run(_serve_tcp(options.tcp, lines))
-        return asyncio.run(_serve_stdio(lines))
-    except SettingsError as error:
-        print(f"albor-lsp: {error}", file=sys.stderr)
-        return 2
-    except (LspError, OSError) as error:
-        print(f"albor-lsp: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return exit_code("albor-lsp", lambda: _run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments[:1] == ["stats"]:
+        return _stats(arguments[1:])
+    options = _parser().parse_args(arguments)
+    lines: deque[str] = deque(maxlen=MAX_LOG_LINES)
+    _set_up_logging(options.log_level, lines)
+    if options.tcp is not None:
+        return asyncio.run(_serve_tcp(options.tcp, lines))
+    return asyncio.run(_serve_stdio(lines))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="albor-lsp",
         description="The language server of albor: code completion from your own machine.",
         epilog=HELP,
@@ -95,7 +85,7 @@ def _stats(arguments: list[str]) -> int:
 
     from albor_lsp.statistics import as_svg, as_text, read_days, statistics_path
 
-    parser = _Parser(
+    parser = Parser(
         prog="albor-lsp stats",
         description="Suggestions shown and accepted on this machine; nothing is sent anywhere.",
     )

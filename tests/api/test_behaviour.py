@@ -36,7 +36,8 @@ class Slow:
 @pytest.fixture
 def slow() -> Iterator[Slow]:
     backend = HashBackend(TOKENIZER.vocab_size, num_slots=2, max_seq_len=4096, ms_per_token=2.0)
-    config = EngineConfig(num_slots=2, max_seq_len=4096, max_queue_len=1)
+    # A step ends well within health_timeout_s, on a busy machine too.
+    config = EngineConfig(num_slots=2, max_seq_len=4096, max_queue_len=1, prefill_chunk_len=32)
     settings = AppSettings(keep_alive_s=0.2, health_timeout_s=0.3, body_s=0.5)
     with serving_backend(backend, TOKENIZER, config, settings) as live:
         slow = Slow(live, backend)

@@ -44,12 +44,6 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 
 @pytest.fixture(scope="module")
-def http(live: Live) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=live.url, timeout=30) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
 def document(live: Live) -> dict[str, Any]:
     return create_app(live.served).openapi()
 

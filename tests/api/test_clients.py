@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -15,18 +15,6 @@ from tests.api.live import Live, serving_tiny
 
 PREFIX = "def add(first, second):\n    return "
 SUFFIX = "\n\n\nprint(add(1, 2))\n"
-
-
-@pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    with serving_tiny(tmp_path_factory.mktemp("model")) as live:
-        yield live
-
-
-@pytest.fixture(scope="module")
-def http(live: Live) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=live.url, timeout=30) as client:
-        yield client
 
 
 def streamed(

@@ -12,21 +12,9 @@ import httpx
 import openai
 import pytest
 
-from tests.api.live import Live, serving_tiny
+from tests.api.live import Live
 
 URL = "/v1/completions"
-
-
-@pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    with serving_tiny(tmp_path_factory.mktemp("model")) as live:
-        yield live
-
-
-@pytest.fixture(scope="module")
-def http(live: Live) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=live.url, timeout=60) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,13 @@ import json
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from scripts.http_reference import PAGE, openapi, page_with
-from tests.api.live import Live, serving_tiny
+from tests.api.live import Live
 
 TEXT = PAGE.read_text(encoding="utf-8")
 SERVER = "http://127.0.0.1:8080"
@@ -22,12 +21,6 @@ EXAMPLES = [
     for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
     for command in re.findall(r"^curl .*?(?=^curl |\Z)", block, re.DOTALL | re.MULTILINE)
 ]
-
-
-@pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    with serving_tiny(tmp_path_factory.mktemp("model")) as live:
-        yield live
 
 
 def test_the_reference_is_the_servers_own() -> None:

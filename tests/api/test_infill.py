@@ -12,22 +12,10 @@ import httpx
 import pytest
 
 from albor_serve.config import EngineConfig
-from tests.api.live import Live, serving_backend, serving_tiny
+from tests.api.live import Live, serving_backend
 from tests.fakes import ByteTokenizer, HashBackend
 
 SECRET = "hunter2-Zebra"
-
-
-@pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    with serving_tiny(tmp_path_factory.mktemp("model")) as live:
-        yield live
-
-
-@pytest.fixture(scope="module")
-def http(live: Live) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=live.url, timeout=60) as client:
-        yield client
 
 
 def llama_vim(**changes: Any) -> dict[str, Any]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from importlib import resources
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from albor_serve.config import ModelConfig  # noqa: E402
 from albor_serve.errors import BackendError, ConfigError, UnsupportedModelError  # noqa: E402
 from albor_serve.kernels.synthetic import RandomModel  # noqa: E402
 from albor_serve.loader import EMBEDDED_MODEL, open_backend  # noqa: E402
+from tests.scripts import run_script  # noqa: E402
 
 RULES = """
 import sys
@@ -94,30 +92,18 @@ except BackendError:
 """
 
 
-def check_rules(device: str, environment: dict[str, str]) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", RULES, device],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=880,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_backend_keeps_the_rules_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    check_rules("cpu", {"TRITON_INTERPRET": "1"})
+    run_script(RULES, "cpu", timeout_s=880)
 
 
 @pytest.mark.gpu
 def test_the_backend_keeps_the_rules_on_a_gpu() -> None:
     if not cuda.has_gpu():
         pytest.skip("no CUDA GPU")
-    check_rules("cuda", {})
+    run_script(RULES, "cuda", environment={}, timeout_s=880)
 
 
 @pytest.fixture

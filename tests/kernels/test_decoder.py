@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 pytest.importorskip("torch")
@@ -15,6 +11,7 @@ from albor_serve.config import ModelConfig
 from albor_serve.errors import ConfigError
 from albor_serve.kernels.decoder import GpuDecoder, plan_for
 from albor_serve.kernels.synthetic import RandomModel
+from tests.scripts import run_script
 
 _SCRIPT = """
 import torch
@@ -43,16 +40,7 @@ for rows in (1, 3):  # one token, then three verified at once
 
 @pytest.mark.slow
 def test_logits_of_one_and_of_three_tokens_are_those_of_the_reference() -> None:
-    # The interpreter is chosen when kernels are imported, hence a process of its own.
-    result = subprocess.run(
-        [sys.executable, "-c", _SCRIPT],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
+    run_script(_SCRIPT)
 
 
 def test_gate_and_up_bands_are_shared_out_without_a_rest() -> None:

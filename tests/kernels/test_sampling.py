@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -19,6 +16,7 @@ from albor_serve.config import DevicePlan, SamplingParams  # noqa: E402
 from albor_serve.errors import ConfigError  # noqa: E402
 from albor_serve.kernels.sampling import DeviceSampler, reference_probs  # noqa: E402
 from albor_serve.sampler import Sampler  # noqa: E402
+from tests.scripts import run_script  # noqa: E402
 
 _COMMON = """
 import sys
@@ -122,16 +120,7 @@ for k in (1, 2, 23, 24, 200):
 
 def _interpret(script: str, vocab_size: int) -> None:
     pytest.importorskip("triton")
-    # The interpreter is chosen when kernels are imported, hence a process of its own.
-    result = subprocess.run(
-        [sys.executable, "-c", _COMMON + script, str(vocab_size)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
+    run_script(_COMMON + script, str(vocab_size))
 
 
 def test_the_kernel_follows_the_rules_in_the_interpreter() -> None:

@@ -357,24 +357,17 @@ function M.setup(config)
       schedule_attach(event.buf)
     end,
   })
-  vim.api.nvim_create_autocmd('LspAttach', {
-    group = group,
-    callback = function(event)
-      local client = vim.lsp.get_client_by_id(event.data.client_id)
-      if client and client.name == 'albor' then
-        M.ghost().attach(client, event.buf)
-      end
-    end,
-  })
-  vim.api.nvim_create_autocmd('LspDetach', {
-    group = group,
-    callback = function(event)
-      local client = vim.lsp.get_client_by_id(event.data.client_id)
-      if client and client.name == 'albor' then
-        M.ghost().detach(client, event.buf)
-      end
-    end,
-  })
+  for name, method in pairs({ LspAttach = 'attach', LspDetach = 'detach' }) do
+    vim.api.nvim_create_autocmd(name, {
+      group = group,
+      callback = function(event)
+        local client = vim.lsp.get_client_by_id(event.data.client_id)
+        if client and client.name == 'albor' then
+          M.ghost()[method](client, event.buf)
+        end
+      end,
+    })
+  end
   for _, bufnr in ipairs(vim.api.nvim_list_bufs()) do
     schedule_attach(bufnr)
   end
