@@ -240,10 +240,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--screenshot")
     result = run(parser.parse_args())
-    print("| client | keys | answered | p50 ms | p95 ms | p50 of all ms | activation ms | of nothing ms |")
-    print("|---|---|---|---|---|---|---|---|")
     names = ("client", "keys", "answered", "p50_ms", "p95_ms", "p50_all_ms", "activation_ms")
     names += ("activation_of_nothing_ms",)
+    print("| " + " | ".join(names) + " |")
+    print("|---" * len(names) + "|")
     print("| " + " | ".join(str(result[name]) for name in names) + " |")
     if (path := parser.parse_args().json) is not None:
         path.write_text(json.dumps(result, indent=1))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +112,10 @@ def window(
     opened.page.close()
 
 
-def shot(window: Window, name: str) -> None:
+def shot(window: Window, name: str, corner: tuple[int, int] | None = None) -> None:
     """Keep a picture where ALBOR_ARTEFACTS says."""
     if folder := os.environ.get("ALBOR_ARTEFACTS"):
-        window.screenshot(Path(folder) / f"vscode-{name}.png")
+        window.screenshot(Path(folder) / f"vscode-{name}.png", corner)
 
 
 def test_types_sees_and_accepts(window: Window) -> None:
@@ -126,7 +128,7 @@ def test_types_sees_and_accepts(window: Window) -> None:
     assert "Model: " in status
     assert re.search(r"Last suggestion: .* ms", status)
     window.point_at_status()
-    shot(window, "status")
+    shot(window, "status", (700, 360))
     window.press("Tab")
     accepted = START + TYPED + ghost.lstrip("\n")
     wait_for(lambda: window.code().startswith(accepted.split("\n")[0]), "accepted text")
@@ -169,10 +171,13 @@ def test_accepts_a_line(window: Window) -> None:
     assert text.rstrip() == first.rstrip()
 
 
-def test_explains_the_last_suggestion(window: Window) -> None:
+def test_explains_the_last_suggestion_and_counts(window: Window) -> None:
     window.run("albor: Explain the Last Suggestion")
     assert "The last suggestion" in window.text_of_tab("explanation.md")
     shot(window, "explanation")
+    window.run("View: Close All Editors")
+    window.run("albor: Show Statistics")
+    assert "shown" in window.text_of_tab("statistics.md").lower()
     window.run("View: Close All Editors")
 
 
@@ -238,7 +243,8 @@ def test_the_installed_extension_is_small() -> None:
 def test_starts_everything_by_itself_and_leaves_nothing(
     browser: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """No server runs and none is named, and the machine is offline: every proxy is dead."""
+    """No server runs and none is named, something else has its usual port, and the machine is
+    offline: every proxy is dead."""
     home, project = tmp_path / "home", tmp_path / "project"
     # A short path: the server listens on a socket below it.
     runtime = tmp_path_factory.mktemp("run")
@@ -253,7 +259,7 @@ def test_starts_everything_by_itself_and_leaves_nothing(
     def of_this_test() -> list[psutil.Process]:
         return [p for p in psutil.process_iter() if str(runtime) in _command_line(p)]
 
-    with running(CodeServer(home, [VSIX], environment, {})) as server:
+    with usual_port_taken(), running(CodeServer(home, [VSIX], environment, {})) as server:
         window = Window(browser.new_page(), server, project)
         window.page.locator(".gettingStartedContainer").wait_for(timeout=60_000)
         window.open("shelf.py")
@@ -265,6 +271,15 @@ def test_starts_everything_by_itself_and_leaves_nothing(
         window.run("File: Revert File")
         window.page.close()
     wait_for(lambda: of_this_test() == [], "end of albor-serve", 60)
+
+
+@contextmanager
+def usual_port_taken() -> Iterator[None]:
+    """Something that never answers listens on albor-serve's usual port, unless it is taken."""
+    with ExitStack() as held:
+        with suppress(OSError):
+            held.enter_context(socket.create_server(("127.0.0.1", 8080)))
+        yield
 
 
 def _command_line(process: psutil.Process) -> str:

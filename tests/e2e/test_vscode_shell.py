@@ -340,7 +340,10 @@ def test_each_documented_command_is_in_a_test() -> None:
     """By its title in the palette, by its entry of the menu, or, in an editor, by its key."""
     package = json.loads((EXTENSION / "package.json").read_text())
     tests = Path(__file__).read_text()
-    by_key = {"albor.acceptWord": "Control+ArrowRight", "albor.acceptLine": "Control+Alt+ArrowRight"}
+    by_key = {
+        "albor.acceptWord": "Control+ArrowRight",
+        "albor.acceptLine": "Control+Alt+ArrowRight",
+    }
     for each in package["contributes"]["commands"]:
         title = f'"albor: {each["title"]}"'
         assert title in tests or by_key.get(each["command"], title) in tests, title
@@ -514,7 +517,7 @@ def test_a_binary_file_and_a_read_only_folder(window: Window) -> None:
     window.press("Control+z")
     window.run("File: Revert File")
     window.run("View: Close Editor")
-    window.open("kept.py")
+    window.open("sealed/kept.py")
     window.type("def add")
     window.wait_ghost("(a, b)")
     window.press("Escape")
@@ -534,7 +537,7 @@ def test_two_windows_and_a_workspace_of_two_folders(
     )
     script.write()
     other = Window(context.new_page(), editor, roots)
-    other.open("two.py")
+    other.open(str(tmp_path / "two" / "two.py"))
     other.wait_status("ready")
     other.type("def add")
     other.wait_ghost("(a, b)")

@@ -62,7 +62,7 @@ def try_settings(window: Window, settings: dict[str, Any], *said: str) -> str:
     window.set_machine(settings)
     window.run("albor: Restart")
     still_types(window)
-    status = window.wait_status(said[0], 20)
+    status = window.wait_status(said[0], 60)
     for each in said:
         assert each in status
     return status
@@ -99,7 +99,9 @@ def test_a_port_where_nobody_ever_answers(window: Window) -> None:
 
 
 def test_an_address_that_is_none(window: Window) -> None:
-    try_settings(window, {"albor.serverUrl": "localhost:eighty"}, "localhost:eighty", "http://host:port")
+    try_settings(
+        window, {"albor.serverUrl": "localhost:eighty"}, "localhost:eighty", "http://host:port"
+    )
 
 
 def test_no_program_of_the_server(window: Window) -> None:

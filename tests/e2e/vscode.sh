@@ -26,6 +26,10 @@ if ! command -v "${ALBOR_CHROMIUM:-chromium}" >/dev/null && ! command -v chrome 
     fi
 fi
 
+python=${ALBOR_PYTHON:-${ALBOR_VENV:-.venv}/bin/python}
+"$python" -c 'import playwright, psutil, pytest' 2>"$log" ||
+    skip "$python lacks what the tests import: install albor[dev]"
+
 command -v npm >/dev/null || skip "no npm: install Node 20 or newer"
 node -e 'process.exit(Number(process.versions.node.split(".")[0]) < 20 ? 1 : 0)' ||
     skip "Node $(node --version) is older than 20"
@@ -41,5 +45,12 @@ fi
 # From here on a failure is one of albor.
 (cd editors/vscode && npm run --silent check && npm test --silent && npm run --silent package)
 
-python=${ALBOR_PYTHON:-${ALBOR_VENV:-.venv}/bin/python}
-"$python" -m pytest --no-cov -m e2e tests/e2e/test_vscode*.py "$@"
+run() { "$python" -m pytest --no-cov -m e2e tests/e2e/test_vscode*.py "$@"; }
+status=0
+run "$@" || status=$?
+if [ "$status" = 1 ]; then
+    echo "once more what failed: a busy machine may be to blame, albor fails twice" >&2
+    status=0
+    run --last-failed --last-failed-no-failures none "$@" || status=$?
+fi
+exit "$status"
