@@ -315,7 +315,6 @@ class Window:
                 list_row.click(timeout=TRY_MS)
             except PageTimeoutError:
                 if attempt == TRIES - 1:
-                    self.screenshot(Path("/tmp/choose.png"))
                     raise
                 self.page.keyboard.press("Escape")
             else:

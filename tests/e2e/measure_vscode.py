@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser, sync_playwright
 
 from tests.e2e.code_server import (
     CHROMIUM,
@@ -101,6 +101,7 @@ WATCH: Final = """() => {
 }"""
 PAUSE_MS: Final = 60
 SETTLE_MS: Final = 3000
+NUM_WINDOWS: Final = 3
 
 
 def measure(window: Window, num_keys: int, limit_ms: float) -> list[float | None]:
@@ -115,6 +116,20 @@ def measure(window: Window, num_keys: int, limit_ms: float) -> list[float | None
         times.append(page.evaluate("measured.shown"))
         page.wait_for_timeout(PAUSE_MS)
     return times
+
+
+def activations(
+    chromium: Browser, server: CodeServer, project: Path, name: str
+) -> tuple[list[float | None], list[float | None]]:
+    """What new windows say that activating the extension took, and one that does nothing."""
+    both = []
+    for _ in range(NUM_WINDOWS):
+        page = chromium.new_page(viewport={"width": 1100, "height": 700})
+        window = Window(page, server, project)
+        page.wait_for_timeout(SETTLE_MS)
+        both.append((activation_ms(window, name), activation_ms(window, "nothing")))
+        page.close()
+    return [ours for ours, _ in both], [empty for _, empty in both]
 
 
 @contextmanager
@@ -203,8 +218,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 if arguments.screenshot:
                     window.screenshot(Path(arguments.screenshot))
                 typed = window.code()
-                activation = activation_ms(window, arguments.client.replace(".", "-"))
-                of_nothing = activation_ms(window, "nothing")
+                page.close()
+                activation, of_nothing = activations(
+                    chromium, server, project, arguments.client.replace(".", "-")
+                )
                 chromium.close()
     shown = sorted(time for time in times if time is not None)
     assert len(shown) > 1, f"no ghost text: the page was {typed!r}"

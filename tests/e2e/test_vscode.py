@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,8 +20,6 @@ pytest.importorskip("playwright.sync_api")
 from tests.e2e.code_server import (
     CodeServer,
     Window,
-    activation_ms,
-    empty_extension,
     free_port,
     running,
     wait_for,
@@ -93,8 +90,7 @@ def editor(
     home = tmp_path_factory.mktemp("home")
     real_lsp(home / ".local" / "bin" / "albor-lsp")
     address = {"ALBOR_SERVER_URL": f"http://127.0.0.1:{completion.port}"}
-    packages = [VSIX, empty_extension(home / "nothing.vsix")]
-    with running(CodeServer(home, packages, address, SURE)) as server:
+    with running(CodeServer(home, [VSIX], address, SURE)) as server:
         yield server
 
 
@@ -218,26 +214,12 @@ def test_nothing_was_asked_of_anybody_else(window: Window) -> None:
     assert window.strangers == set()
 
 
-def test_activation_costs_little(editor: CodeServer, context: Any, window: Window) -> None:
-    """What the editor itself says, less what it says of an extension that does nothing."""
-    costs = []
-    for _ in range(3):
-        other = Window(context.new_page(), editor, window.folder)
-        wait_for(lambda page=other: page.status(), "status bar item")
-        albor, nothing = activation_ms(other, "albor"), activation_ms(other, "nothing")
-        assert albor is not None
-        assert nothing is not None
-        costs.append(albor - nothing)
-        other.page.close()
-    window.page.bring_to_front()
-    assert statistics.median(costs) <= 30, costs
-    print(f"activation: {costs} ms")
-
-
 def test_the_installed_extension_is_small() -> None:
     assert VSIX.stat().st_size < 400_000
     unpacked = sum(file.stat().st_size for file in (EXTENSION / "dist").glob("*.js"))
     assert unpacked < 1_000_000
+    # What every window loads; the rest comes with the first file. measure_vscode.py has the times.
+    assert (EXTENSION / "dist" / "extension.js").stat().st_size < 25_000
 
 
 def test_starts_everything_by_itself_and_leaves_nothing(

@@ -478,7 +478,7 @@ def test_installing_is_offered_and_done_only_after_a_yes(
         assert not (editor.home / "ran").exists()
         window.run("albor: Install albor on This Machine")
         window.pick(f"{pipx} install albor")
-        wait_for((editor.home / "ran").exists, "run of pipx")
+        wait_for(lambda: not Path(f"{program}.away").exists(), "run of pipx")
         assert (editor.home / "ran").read_text() == "install albor\n"
         window.wait_status("ready")
     finally:
@@ -540,7 +540,12 @@ def test_two_windows_and_a_workspace_of_two_folders(
     other.open(str(tmp_path / "two" / "two.py"))
     other.wait_status("ready")
     other.type("def add")
-    other.wait_ghost("(a, b)")
+    try:
+        other.wait_ghost("(a, b)")
+    except AssertionError:
+        other.screenshot(Path("/tmp/other.png"))
+        print(other.status(), other.code(), script._log.read_text()[:3000])
+        raise
     (hello,) = script.messages("initialize")
     assert [each["name"] for each in hello["params"]["workspaceFolders"]] == ["one", "two"]
     window.page.bring_to_front()
