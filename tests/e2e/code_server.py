@@ -41,8 +41,8 @@ CODE_SERVER = os.environ.get("ALBOR_CODE_SERVER") or (str(_CACHED) if _CACHED.is
 
 #: Generous: a machine with other work must not fail a test, and one that passes waits for nothing.
 WAIT_MS = 30_000
-TRIES = 3
-TRY_MS = 4_000
+TRIES = 4
+TRY_MS = 6_000
 START_S = 60.0
 STOP_S = 15.0
 TYPING_MS = 35
