@@ -206,7 +206,8 @@ class CodeServer:
     def children(self) -> list[psutil.Process]:
         """Every process under code-server's."""
         with contextlib.suppress(psutil.NoSuchProcess):
-            return psutil.Process(self._process.pid).children(recursive=True)
+            under: list[psutil.Process] = psutil.Process(self._process.pid).children(recursive=True)
+            return under
         return []
 
     def stop(self) -> list[str]:
@@ -444,13 +445,16 @@ def activation_ms(window: Window, name: str) -> float | None:
     """
     window.page.set_viewport_size({"width": 1000, "height": 1800})
     window.run("Developer: Show Running Extensions")
-    row = window.page.locator(".runtime-extensions-editor .monaco-list-row", has_text=name)
+    rows = window.page.locator(".runtime-extensions-editor .monaco-list-row", has_text=name)
+
+    def found() -> re.Match[str] | None:
+        texts = " ".join(rows.all_inner_texts())
+        return re.search(r"Activation: (\d+)ms", texts)
+
     try:
-        text = row.first.inner_text(timeout=5000)
-    except PageTimeoutError:
+        return float(wait_for(found, f"activation of {name}", 10)[1])
+    except AssertionError:
         return None
-    found = re.search(r"Activation: (\d+)ms", text)
-    return float(found[1]) if found else None
 
 
 @contextlib.contextmanager
