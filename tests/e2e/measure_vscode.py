@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -256,6 +257,8 @@ def main() -> None:
     parser.add_argument("--llama-server", help="its server's program")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--screenshot")
+    # Ended from outside, it ends what it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     result = run(parser.parse_args())
     names = ["client", "keys", "answered", "p50_ms", "p95_ms", "p50_all_ms", "activation_ms"]
     names += ["activation_of_nothing_ms"]
