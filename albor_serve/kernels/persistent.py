@@ -1,0 +1,682 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,no-any-return,assignment"
+"""A whole decode step in one kernel: every program stays, and passes words on (`exchange`).
+
+One program on each multiprocessor. What a program does in each part of a layer is fixed: program b
+owns band b of the residual stream h (16 channels, in its own memory, float32), so only float16
+copies of it travel, a sixteenth as large as h so that they stay in range. Readers apply the norm's
+gain themselves and find the mean square from what they read.
+
+    part        programs           reads                     writes
+    embed       d / 16             keys of the last token    h, x
+    qkv         query rows / 16    x                         qkv
+    attention   H_kv · S           qkv, cache                att, lse, cache
+    output      d / 16             att, lse, h               h, x (of the feed-forward part)
+    gate_up     F / 8 / NB         x                         act
+    down        d / 16             act, h                    h, x
+    head        all                x                         keys, logits
+
+Before a program waits for words it loads the weights that it will multiply them with; and it asks
+for the same weights of the next layer to come to the L2 cache, so memory is read all the time.
+
+`PHASE` restricts a launch to one part of one layer: for the interpreter, whose programs cannot wait
+for each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from albor_serve.config import ModelConfig
+from albor_serve.errors import BackendError, ConfigError
+from albor_serve.kernels._triton import INTERPRET, jit, require_triton, tl
+from albor_serve.kernels.core import (
+    across_warps,
+    add_lanes,
+    add_weighted,
+    column_of,
+    load_tile,
+    mma_tile,
+    result_index,
+    share,
+    shared_base,
+    sum_columns,
+    undo_16,
+)
+from albor_serve.kernels.exchange import (
+    attention_asm,
+    fence,
+    load_gains,
+    poll_attention,
+    poll_inputs,
+    poll_keys,
+    poll_to_shared,
+    prefetch,
+    put_float,
+    put_halves,
+    put_key,
+    put_pairs,
+    share_inputs,
+    shared_float,
+    shared_inputs,
+    tags_base,
+)
+from albor_serve.kernels.layout import TILE_COLS, TILE_ROWS
+from albor_serve.kernels.steps import (
+    attend_rows,
+    candidate,
+    candidate_index,
+    embed_at,
+    head_norm,
+    load_bands,
+    load_rows,
+    product,
+    rotate,
+    silu,
+)
+from albor_serve.kernels.weights import DecodeWeights
+
+__all__ = ["PersistentDecoder", "PersistentPlan", "persistent_plan", "step_kernel"]
+
+_ALL: Final = -1
+_EMBED: Final = 0
+_QKV: Final = 1
+_ATTENTION: Final = 2
+_OUTPUT: Final = 3
+_GATE_UP: Final = 4
+_DOWN: Final = 5
+_HEAD: Final = 6
+_END: Final = 7
+
+
+@jit()
+def _put_x(x_ptr, h, band, c, tag, ASM: tl.constexpr):
+    """Publish a band of h [T], rows first, as float16 sixteenths."""
+    value = tl.minimum(tl.maximum(h * 0.0625, -65504.0), 65504.0)
+    put_halves(x_ptr + band * 8 + c % 16 // 2, value, tag, c < 16, ASM)
+
+
+@jit()
+def _embed(pid, w_ptr, keys_ptr, tokens_ptr, out_ptr, h_ptr, x_ptr, pos, tag, feedback,
+           P: tl.constexpr, KT: tl.constexpr, NK: tl.constexpr, ASM: tl.constexpr,
+           W: tl.constexpr):  # fmt: skip
+    c = tl.arange(0, W * 32)
+    token = tl.load(tokens_ptr)
+    if feedback:
+        which = tl.minimum(tl.arange(0, NK), P - 1)
+        token = candidate_index(tl.max(poll_keys(keys_ptr, which, tag - 1, ASM), axis=0))
+        if pid == 0:
+            tl.store(out_ptr + pos, token)
+    row = c % 16
+    h = embed_at(w_ptr, token + c * 0, pid * 16 + row, KT, c >= 0)
+    tl.store(h_ptr + pid * 16 + row, h, mask=c < 16)
+    _put_x(x_ptr, h, pid, c, tag, ASM)
+
+
+@jit()
+def _qkv(pid, w_ptr, x_ptr, g_ptr, qkv_ptr, tag, eps, base, buffer, KT: tl.constexpr,
+         STREAM: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
+    e = tl.arange(0, W * 128)
+    KPW: tl.constexpr = (KT + W - 1) // W
+    tiles = load_bands(w_ptr, pid, KT, 1, STREAM, e, W)
+    gains = load_gains(g_ptr, e, KT, W)
+    xs, squares = poll_inputs(x_ptr, g_ptr, gains, tag, buffer, e, KT, True, ASM, W)
+    acc = product(tiles, xs, 0.0, 0, KPW, False, ASM, W)
+    share(base, 0, acc, e, ASM, W)
+    share(base, 1, squares, e, ASM, W)
+    tl.debug_barrier()
+    c = tl.arange(0, W * 32)
+    row = c % 16
+    y = across_warps(base, (acc, squares), c * 0, result_index(row, c * 0), ASM, W)
+    total = across_warps(base, (acc, squares), c * 0 + 1, c * 0, ASM, W)
+    inverse = tl.rsqrt(total / (KT * 128) + eps / 256.0)
+    y = y * tl.where(row < 8, inverse, inverse * 0.0625)
+    put_float(qkv_ptr + pid * 16 + row, y, tag, c < 16, ASM)
+
+
+@jit()
+def _attention(kv_head, split, qkv_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, qn_ptr, kn_ptr, att_ptr,
+               lse_ptr, pos, tag, limit, eps, shared, H: tl.constexpr, HKV: tl.constexpr,
+               D: tl.constexpr, GP: tl.constexpr, QH: tl.constexpr, RL: tl.constexpr,
+               NR: tl.constexpr, S: tl.constexpr, QK_NORM: tl.constexpr, ASM: tl.constexpr,
+               W: tl.constexpr):  # fmt: skip
+    """As `steps.attend_one`, with words for qkv, att and lse."""
+    half: tl.constexpr = D // 2
+    G: tl.constexpr = H // HKV
+    PARTS: tl.constexpr = QH // GP
+    r = tl.arange(0, RL)[:, None, None]
+    i = tl.arange(0, QH)[None, :, None]
+    d2 = tl.arange(0, half)[None, None, :]
+    zero = r * 0 + i * 0
+    first = (split * PARTS + i // GP) * (NR * RL)
+    rows = load_rows(k_ptr, v_ptr, first, r, d2, limit, D, RL, NR)
+    at = d2 + zero
+    cos = tl.load(cos_ptr + pos * half + at)
+    sin = tl.load(sin_ptr + pos * half + at)
+    if QK_NORM:
+        q_gain_low = tl.load(qn_ptr + at)
+        q_gain_high = tl.load(qn_ptr + half + at)
+        k_gain_low = tl.load(kn_ptr + at)
+        k_gain_high = tl.load(kn_ptr + half + at)
+
+    # The group's queries, the key and the value, side by side in shared memory.
+    COUNT: tl.constexpr = (G + 2) * D
+    c = tl.arange(0, W * 32)
+    for n in tl.static_range((COUNT // 2 + W * 32 - 1) // (W * 32)):
+        u = tl.minimum(c * 2 + n * (W * 64), COUNT - 2)
+        source = tl.where(u < G * D, kv_head * G * D + u,
+                          tl.where(u < (G + 1) * D, (H + kv_head) * D + u - G * D,
+                                   (H + HKV + kv_head) * D + u - (G + 1) * D))  # fmt: skip
+        poll_to_shared(qkv_ptr + source, shared + u * 4, tag, ASM)
+    tl.debug_barrier()
+
+    own = tl.minimum(i % GP, G - 1)
+    q_at = own * D + at
+    q_from = qkv_ptr + kv_head * G * D
+    q_low = shared_float(shared, q_at, q_from + q_at, ASM)
+    q_high = shared_float(shared, q_at + half, q_from + q_at + half, ASM)
+    if QK_NORM:
+        q_low, q_high = head_norm(q_low, q_high, q_gain_low, q_gain_high, eps, D)
+    q_low, q_high = rotate(q_low, q_high, cos, sin)
+    scale = 1.4426950408889634 / tl.sqrt(tl.full([1, 1, 1], D, tl.float32))
+    q_low = q_low * scale
+    q_high = q_high * scale
+
+    top = tl.full([RL, QH], -1.0e30, tl.float32)
+    weight = tl.zeros([RL, QH], tl.float32)
+    o_low = tl.zeros([RL, QH, half], tl.float32)
+    o_high = tl.zeros([RL, QH, half], tl.float32)
+    if split == 0:
+        new_k = qkv_ptr + (H + kv_head) * D + at
+        new_v = qkv_ptr + (H + HKV + kv_head) * D + at
+        n_low = shared_float(shared, G * D + at, new_k, ASM)
+        n_high = shared_float(shared, G * D + half + at, new_k + half, ASM)
+        v_low = shared_float(shared, (G + 1) * D + at, new_v, ASM).to(tl.float16)
+        v_high = shared_float(shared, (G + 1) * D + half + at, new_v + half, ASM).to(tl.float16)
+        if QK_NORM:
+            n_low, n_high = head_norm(n_low, n_high, k_gain_low, k_gain_high, eps, D)
+        n_low, n_high = rotate(n_low, n_high, cos, sin)
+        n_low = n_low.to(tl.float16)
+        n_high = n_high.to(tl.float16)
+        once = (i == 0) & (r == 0) & (d2 >= 0)
+        tl.store(k_ptr + pos * D + at, n_low, mask=once)
+        tl.store(k_ptr + pos * D + half + at, n_high, mask=once)
+        tl.store(v_ptr + pos * D + at, v_low, mask=once)
+        tl.store(v_ptr + pos * D + half + at, v_high, mask=once)
+        s = tl.sum(n_low.to(tl.float32) * q_low + n_high.to(tl.float32) * q_high, axis=2)
+        mine = tl.sum(r + i // GP + d2 * 0, axis=2) == 0
+        top = tl.where(mine, s, top)
+        weight = tl.where(mine, 1.0, 0.0)
+        o_low = tl.where(mine[:, :, None], v_low.to(tl.float32), 0.0)
+        o_high = tl.where(mine[:, :, None], v_high.to(tl.float32), 0.0)
+
+    top, weight, o_low, o_high = attend_rows(rows, first, r, pos, q_low, q_high, top, weight,
+                                             o_low, o_high, RL, NR)  # fmt: skip
+    step: tl.constexpr = S * PARTS * NR * RL
+    tile = split * (PARTS * NR * RL) + step
+    while tile < pos:
+        first += step
+        rows = load_rows(k_ptr, v_ptr, first, r, d2, limit, D, RL, NR)
+        top, weight, o_low, o_high = attend_rows(rows, first, r, pos, q_low, q_high, top, weight,
+                                                 o_low, o_high, RL, NR)  # fmt: skip
+        tile += step
+
+    best = tl.max(top, axis=0)
+    shrink = tl.exp2(top - best[None, :])
+    total = tl.sum(weight * shrink, axis=0)
+    some = total > 0.0
+    inverse = tl.where(some, 1.0 / tl.where(some, total, 1.0), 0.0)
+    lse = tl.where(some, best + tl.log2(tl.where(some, total, 1.0)), -1.0e30)
+    o_low = tl.sum(o_low * shrink[:, :, None], axis=0)[None, :, :] * inverse[None, :][:, :, None]
+    o_high = tl.sum(o_high * shrink[:, :, None], axis=0)[None, :, :] * inverse[None, :][:, :, None]
+    to = (split * PARTS + i // GP) * H + kv_head * G + i % GP
+    once = (i % GP < G) & (r == 0) & (d2 >= 0)
+    whole: tl.constexpr = [RL, QH, half]
+    word = to * half + d2 // 2 + zero
+    put_pairs(att_ptr + word, tl.broadcast_to(o_low, whole), tag, once, d2 + zero, ASM)
+    put_pairs(att_ptr + word + half // 2, tl.broadcast_to(o_high, whole), tag, once, d2 + zero,
+              ASM)  # fmt: skip
+    put_float(lse_ptr + to + d2 * 0 + zero, tl.broadcast_to(lse[None, :][:, :, None], whole), tag,
+              once & (d2 == 0), ASM)  # fmt: skip
+    if split == 0:
+        # What other programs load in later tokens must be seen by them before they see that this
+        # program went on.
+        fence(ASM)
+
+
+@jit()
+def _add_band(base, acc, h_ptr, h, x_ptr, pid, tag, ASM: tl.constexpr, W: tl.constexpr):
+    """Add a band's shared results to h; keep it and publish its x."""
+    c = tl.arange(0, W * 32)
+    row = c % 16
+    y = across_warps(base, (acc,), c * 0, result_index(row, c * 0), ASM, W)
+    h = h + tl.where(row < 8, y, y * 0.0625)
+    _put_x(x_ptr, h, pid, c, tag, ASM)
+    tl.store(h_ptr + pid * 16 + row, h, mask=c < 16)
+
+
+@jit()
+def _output(pid, w_ptr, att_ptr, lse_ptr, h_ptr, x_ptr, tag, base, KT: tl.constexpr,
+            H: tl.constexpr, D: tl.constexpr, NP: tl.constexpr, CODE: tl.constexpr,
+            CONSTRAINTS: tl.constexpr, STREAM: tl.constexpr, ASM: tl.constexpr,
+            W: tl.constexpr):  # fmt: skip
+    e = tl.arange(0, W * 128)
+    c = tl.arange(0, W * 32)
+    KPW: tl.constexpr = (KT + W - 1) // W
+    SETS: tl.constexpr = (NP + 7) // 8
+    HEADS: tl.constexpr = 128 // D
+    WORDS: tl.constexpr = D // 32
+    tiles = load_bands(w_ptr, pid, KT, 1, STREAM, e, W)
+    h = tl.load(h_ptr + pid * 16 + c % 16)
+    n = column_of(e)
+    split = tl.minimum(n, NP - 1)
+    acc = tl.zeros([W * 128], tl.float32)
+    for q in tl.static_range(KPW):
+        first_head = tl.minimum(e // 128 + q * W, KT - 1) * HEADS
+        values, logs = poll_attention(att_ptr, lse_ptr, tag, split, n, e, first_head, KT, H, D,
+                                      SETS, CODE, CONSTRAINTS, ASM)  # fmt: skip
+        xs = ()
+        for part in tl.static_range(HEADS):
+            top = tl.where(n < NP, logs[part * SETS], -1.0e30)
+            for a in tl.static_range(1, SETS):
+                top = tl.maximum(top, logs[part * SETS + a])
+            top = add_lanes(top, True, 1, ASM, W)
+            weights = ()
+            total = tl.zeros_like(top)
+            for a in tl.static_range(SETS):
+                weight = tl.exp2(tl.where(n + 8 * a < NP, logs[part * SETS + a], -1.0e30) - top)
+                total += weight
+                weights = weights + (weight,)  # noqa: RUF005
+            inverse = 1.0 / add_lanes(total, False, 1, ASM, W)
+            for i in tl.static_range(WORDS):
+                x = values[part * SETS * WORDS + i]
+                x = add_weighted(x, weights[0] * inverse, x, True, ASM)
+                for a in tl.static_range(1, SETS):
+                    value = values[(part * SETS + a) * WORDS + i]
+                    x = add_weighted(value, weights[a] * inverse, x, False, ASM)
+                xs = xs + (x,)  # noqa: RUF005
+        acc = mma_tile(tiles[3 * q], tiles[3 * q + 1], tiles[3 * q + 2],
+                       (xs[0], xs[1], xs[2], xs[3]), acc, 0.0, True, ASM, W)  # fmt: skip
+    acc = sum_columns(acc, 1, ASM, W)
+    share(base, 0, acc, e, ASM, W)
+    tl.debug_barrier()
+    _add_band(base, acc, h_ptr, h, x_ptr, pid, tag, ASM, W)
+
+
+@jit()
+def _gate_up(pid, w_ptr, x_ptr, g_ptr, act_ptr, tag, eps, base, buffer, KT: tl.constexpr,
+             NB: tl.constexpr, STREAM: tl.constexpr, ASM: tl.constexpr,
+             W: tl.constexpr):  # fmt: skip
+    e = tl.arange(0, W * 128)
+    KPW: tl.constexpr = (KT + W - 1) // W
+    tiles = load_bands(w_ptr, pid * NB, KT, NB, STREAM, e, W)
+    gains = load_gains(g_ptr, e, KT, W)
+    xs, squares = poll_inputs(x_ptr, g_ptr, gains, tag, buffer, e, KT, True, ASM, W)
+    accs = ()
+    for b in tl.static_range(NB):
+        acc = product(tiles, xs, 0.0, b, KPW, False, ASM, W)
+        share(base, b, acc, e, ASM, W)
+        accs = accs + (acc,)  # noqa: RUF005
+    share(base, NB, squares, e, ASM, W)
+    accs = accs + (squares,)  # noqa: RUF005
+    tl.debug_barrier()
+    c = tl.arange(0, W * 32)
+    which = tl.minimum(c // 8, NB - 1)
+    row = c % 8
+    gate = across_warps(base, accs, which, result_index(row, c * 0), ASM, W)
+    up = across_warps(base, accs, which, result_index(row + 8, c * 0), ASM, W)
+    total = across_warps(base, accs, c * 0 + NB, c * 0, ASM, W)
+    inverse = tl.rsqrt(total / (KT * 128) + eps / 256.0)
+    act = silu(gate * inverse) * (up * (inverse * 0.0625))
+    act = tl.minimum(tl.maximum(act, -65504.0), 65504.0)
+    put_halves(act_ptr + (pid * NB + which) * 4 + row // 2, act, tag, c < NB * 8, ASM)
+
+
+@jit()
+def _down(pid, w_ptr, act_ptr, h_ptr, x_ptr, tag, next_tag, base, buffer, KT: tl.constexpr,
+          STREAM: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
+    e = tl.arange(0, W * 128)
+    c = tl.arange(0, W * 32)
+    KPW: tl.constexpr = (KT + W - 1) // W
+    tiles = load_bands(w_ptr, pid, KT, 1, STREAM, e, W)
+    h = tl.load(h_ptr + pid * 16 + c % 16)
+    xs, _squares = poll_inputs(act_ptr, act_ptr, (), tag, buffer, e, KT, False, ASM, W)
+    acc = product(tiles, xs, 0.0, 0, KPW, False, ASM, W)
+    share(base, 0, acc, e, ASM, W)
+    tl.debug_barrier()
+    _add_band(base, acc, h_ptr, h, x_ptr, pid, next_tag, ASM, W)
+
+
+@jit()
+def _head(pid, w_ptr, x_ptr, g_ptr, logits_ptr, keys_ptr, tag, eps, base, buffer,
+          P: tl.constexpr, V: tl.constexpr, KT: tl.constexpr, STORE: tl.constexpr,
+          STREAM: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
+    e = tl.arange(0, W * 128)
+    BANDS: tl.constexpr = (V + 15) // 16
+    ROUNDS: tl.constexpr = (BANDS + P * W - 1) // (P * W)
+    # Warp w of all programs, then warp w + 1: bands of one program lie W apart, so that a round
+    # that is not full is shared by all.
+    band = e // 128 * P + pid
+    tiles = ()
+    for k in tl.static_range(KT):
+        tiles = tiles + load_tile(w_ptr, tl.minimum(band, BANDS - 1) * KT + k, e, STREAM)
+    gains = load_gains(g_ptr, e, KT, W)
+    squares = share_inputs(x_ptr, g_ptr, gains, tag, buffer, e, KT, ASM, W)
+    share(base, 0, squares, e, ASM, W)
+    tl.debug_barrier()
+    total = across_warps(base, (squares,), e * 0, e * 0, ASM, W)
+    inverse = tl.rsqrt(total / (KT * 128) + eps / 256.0)
+    best = tl.full([W * 128], -(1 << 63), tl.int64)
+    for n in tl.static_range(ROUNDS):
+        here = band + n * (P * W)
+        following = tl.minimum(here + P * W, BANDS - 1)
+        acc = tl.zeros([W * 128], tl.float32)
+        new = ()
+        for k in tl.static_range(KT):
+            xs = shared_inputs(x_ptr, g_ptr, buffer, k, e, ASM)
+            acc = mma_tile(tiles[3 * k], tiles[3 * k + 1], tiles[3 * k + 2], xs, acc, 0.0, False,
+                           ASM, W)  # fmt: skip
+            if n + 1 < ROUNDS:
+                new = new + load_tile(w_ptr, following * KT + k, e, STREAM)
+        tiles = new
+        y = acc * inverse * undo_16(e)
+        row = here * 16 + e // 16 % 8 + e // 2 % 2 * 8
+        ok = (here < BANDS) & (row < V) & (e // 4 % 4 == 0) & (e % 2 == 0)
+        if STORE:
+            tl.store(logits_ptr + row, y, mask=ok)
+        key = candidate(y, row)
+        best = tl.maximum(best, tl.where(ok, key, -(1 << 63)))
+    c = tl.arange(0, W * 32)
+    put_key(keys_ptr + pid * 2, tl.max(best, axis=0), tag, c, ASM)
+
+
+@jit(do_not_specialize=["layer", "num_steps", "feedback"])
+def step_kernel(embedding_ptr, qkv_w_ptr, output_w_ptr, gate_up_w_ptr, down_w_ptr, head_w_ptr,
+                attention_gain_ptr, feed_forward_gain_ptr, final_gain_ptr, query_gain_ptr,
+                key_gain_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, tokens_ptr, pos_ptr, out_ptr,
+                logits_ptr, best_ptr, epoch_ptr, h_ptr, x_ptr, x_ff_ptr, qkv_ptr, att_ptr, lse_ptr,
+                act_ptr, max_len, eps, layer, num_steps, feedback, PHASE: tl.constexpr,
+                P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, KT: tl.constexpr,
+                KT_O: tl.constexpr, KT_FF: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr,
+                D: tl.constexpr, GP: tl.constexpr, QH: tl.constexpr, RL: tl.constexpr,
+                NR: tl.constexpr, S: tl.constexpr, NB: tl.constexpr, NK: tl.constexpr,
+                QK_NORM: tl.constexpr, STORE: tl.constexpr, STREAM: tl.constexpr,
+                BULK: tl.constexpr, CODE: tl.constexpr, CONSTRAINTS: tl.constexpr,
+                ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
+    """`num_steps` tokens, each chosen greedily from the last one's logits.
+
+    The first token is tokens[0], or with `feedback` the best of the last launch, and then its
+    position is one more than *pos. Afterwards *pos is the last token's position.
+    """
+    pid = tl.program_id(0)
+    c = tl.arange(0, W * 32)
+    base = shared_base(ASM)
+    buffer = tags_base(ASM)
+    # Results of neighbouring parts lie in different shared memory: a warp may be ahead of another
+    # by less than one part.
+    other: tl.constexpr = (NB + 1) * W * 512
+    BANDS: tl.constexpr = KT * 8
+    QKV_BANDS: tl.constexpr = (H + 2 * HKV) * D // 16
+    GATE_PROGRAMS: tl.constexpr = KT_FF * 16 // NB
+    PARTS: tl.constexpr = QH // GP
+    QKV_WORDS: tl.constexpr = QKV_BANDS * KT * 288
+    OUTPUT_WORDS: tl.constexpr = BANDS * KT_O * 288
+    GATE_WORDS: tl.constexpr = KT_FF * 16 * KT * 288
+    DOWN_WORDS: tl.constexpr = BANDS * KT_FF * 288
+    start = tl.load(epoch_ptr)
+    pos = tl.load(pos_ptr)
+    step = 0
+    while step < num_steps:
+        tag = (start + step) * (L + 1)
+        fed = (step > 0) | (feedback != 0)
+        if fed:
+            pos += 1
+        fence(ASM)
+        if PHASE == -1 or PHASE == 0:
+            if pid < BANDS:
+                _embed(pid, embedding_ptr, best_ptr, tokens_ptr, out_ptr, h_ptr, x_ptr, pos, tag,
+                       fed, P, KT, NK, ASM, W)  # fmt: skip
+        first = 0
+        last = L
+        if PHASE != -1:
+            first = layer
+            last = layer + 1
+        i = first
+        while i < last:
+            after = tl.minimum(i + 1, L - 1)
+            here = tag + i
+            more = i + 1 < L
+            if PHASE == -1 or PHASE == 1:
+                if pid < QKV_BANDS:
+                    prefetch(qkv_w_ptr, after * QKV_WORDS + pid * (KT * 288), KT * 1152, more, c,
+                             BULK)  # fmt: skip
+                    _qkv(pid, qkv_w_ptr + i * QKV_WORDS, x_ptr, attention_gain_ptr + i * (KT * 64),
+                         qkv_ptr, here, eps, base, buffer, KT, STREAM, ASM, W)  # fmt: skip
+            if PHASE == -1 or PHASE == 2:
+                if pid < HKV * S:
+                    kv_head = pid % HKV
+                    cache = (i * HKV + kv_head) * max_len * D
+                    _attention(kv_head, pid // HKV, qkv_ptr, keys_ptr + cache, values_ptr + cache,
+                               cos_ptr, sin_ptr, query_gain_ptr + i * D, key_gain_ptr + i * D,
+                               att_ptr, lse_ptr, pos, here, max_len, eps, buffer, H, HKV, D, GP,
+                               QH, RL, NR, S, QK_NORM, ASM, W)  # fmt: skip
+            if PHASE == -1 or PHASE == 3:
+                if pid < BANDS:
+                    prefetch(output_w_ptr, after * OUTPUT_WORDS + pid * (KT_O * 288), KT_O * 1152,
+                             more, c, BULK)  # fmt: skip
+                    _output(pid, output_w_ptr + i * OUTPUT_WORDS, att_ptr, lse_ptr, h_ptr,
+                            x_ff_ptr, here, base + other, KT_O, H, D, S * PARTS, CODE, CONSTRAINTS,
+                            STREAM, ASM, W)  # fmt: skip
+            if PHASE == -1 or PHASE == 4:
+                if pid < GATE_PROGRAMS:
+                    prefetch(gate_up_w_ptr, after * GATE_WORDS + pid * (NB * KT * 288),
+                             NB * KT * 1152, more, c, BULK)  # fmt: skip
+                    _gate_up(pid, gate_up_w_ptr + i * GATE_WORDS, x_ff_ptr,
+                             feed_forward_gain_ptr + i * (KT * 64), act_ptr, here, eps, base,
+                             buffer, KT, NB, STREAM, ASM, W)  # fmt: skip
+            if PHASE == -1 or PHASE == 5:
+                if pid < BANDS:
+                    prefetch(down_w_ptr, after * DOWN_WORDS + pid * (KT_FF * 288), KT_FF * 1152,
+                             more, c, BULK)  # fmt: skip
+                    _down(pid, down_w_ptr + i * DOWN_WORDS, act_ptr, h_ptr, x_ptr, here, here + 1,
+                          base + other, buffer, KT_FF, STREAM, ASM, W)  # fmt: skip
+            i += 1
+        if PHASE == -1 or PHASE == 6:
+            _head(pid, head_w_ptr, x_ptr, final_gain_ptr, logits_ptr, best_ptr, tag + L, eps,
+                  base, buffer + 8192, P, V, KT, STORE, STREAM, ASM, W)  # fmt: skip
+        step += 1
+    if PHASE == -1 or PHASE == 7:
+        if pid == 0:
+            # Once all programs have chosen, all have read where this launch began.
+            which = tl.minimum(tl.arange(0, NK), P - 1)
+            tag = (start + num_steps - 1) * (L + 1) + L
+            key = tl.max(poll_keys(best_ptr, which, tag, ASM), axis=0)
+            tl.store(tokens_ptr, candidate_index(key))
+            tl.store(pos_ptr, pos)
+            tl.store(epoch_ptr, start + num_steps)
+
+
+@dataclass(frozen=True, slots=True)
+class PersistentPlan:
+    """Numbers that the kernel is compiled for."""
+
+    num_programs: int
+    """P: one for each multiprocessor."""
+    num_warps: int
+    num_splits: int
+    """S: programs that share one key-value head's positions."""
+    rows_per_lane: int
+    bands_gate_up: int
+    stream: bool
+    bulk: bool
+    """Whether the GPU has bulk prefetches (compute capability 9.0)."""
+    asm: bool
+
+
+def persistent_plan(
+    weights: DecodeWeights,
+    *,
+    num_programs: int = 132,
+    num_warps: int = 8,
+    num_parts: int = 16,
+    bulk: bool = False,
+    cache_bytes: int = 40 << 20,
+) -> PersistentPlan:
+    """A plan for a GPU with `num_programs` multiprocessors.
+
+    Raises:
+        ConfigError: the model is too wide for one band a program: decode with separate kernels.
+    """
+    c = weights.config
+    gate_bands = c.intermediate_size // 8
+    least = -(-gate_bands // num_programs)
+    bands = next(n for n in range(least, gate_bands + 1) if gate_bands % n == 0)
+    group = 1 << (c.num_heads // c.num_kv_heads - 1).bit_length()
+    parts_each = max(1, num_warps // group)
+    plan = PersistentPlan(
+        num_programs=num_programs,
+        num_warps=num_warps,
+        num_splits=max(1, num_parts // parts_each),
+        rows_per_lane=4,
+        bands_gate_up=bands,
+        stream=weights.bytes_per_token > cache_bytes,
+        bulk=bulk,
+        asm=not INTERPRET,
+    )
+    reason = _misfit(c, plan)
+    if reason:
+        raise ConfigError(f"the persistent kernel can't run this model: {reason}")
+    return plan
+
+
+def _misfit(c: ModelConfig, plan: PersistentPlan) -> str | None:
+    width, warps = plan.num_programs, plan.num_warps
+    tiles = c.hidden_size // TILE_COLS
+    tiles_ff = c.intermediate_size // TILE_COLS
+    rows = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    if max(c.hidden_size, rows) // TILE_ROWS > width:
+        return f"it needs {max(c.hidden_size, rows) // TILE_ROWS} programs, there are {width}"
+    if tiles > warps and tiles != 2 * warps:
+        return f"hidden_size {c.hidden_size} does not divide over {warps} warps"
+    if tiles_ff > 4 * warps:
+        return f"intermediate_size {c.intermediate_size} is more than {4 * warps * TILE_COLS}"
+    if plan.bands_gate_up > 4:
+        return f"intermediate_size {c.intermediate_size} takes {plan.bands_gate_up} bands a program"
+    if plan.num_splits * c.num_kv_heads > width:
+        return f"{plan.num_splits} splits of {c.num_kv_heads} heads are more than {width} programs"
+    return None
+
+
+class PersistentDecoder:
+    """Greedy decoding of one sequence by `step_kernel`. Not safe for several threads.
+
+    Shares the KV cache, `tokens`, `position`, `out_tokens` and `logits` with whoever made them.
+    """
+
+    def __init__(
+        self,
+        weights: DecodeWeights,
+        plan: PersistentPlan,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        tokens: torch.Tensor,
+        position: torch.Tensor,
+        out_tokens: torch.Tensor,
+        logits: torch.Tensor,
+    ) -> None:
+        require_triton()
+        self.weights, self.plan = weights, plan
+        c, device = weights.config, weights.head.device
+        self._shared = (keys, values, tokens, position, out_tokens, logits)
+        self.max_seq_len = keys.shape[2]
+        group = 1 << (c.num_heads // c.num_kv_heads - 1).bit_length()
+        self._query_rows = max(group, plan.num_warps)
+        parts = plan.num_splits * (self._query_rows // group)
+        q_rows = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+
+        def words(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        self.epoch = torch.ones(1, dtype=torch.int32, device=device)
+        self.best = words(plan.num_programs, 2)
+        self._h = torch.zeros(c.hidden_size, dtype=torch.float32, device=device)
+        self._x = words(c.hidden_size // 2)
+        self._x_ff = words(c.hidden_size // 2)
+        self._qkv = words(q_rows)
+        self._attention = words(max(parts, 8), c.num_heads, c.head_dim // 2)
+        self._lse = words(max(parts, 8), c.num_heads)
+        self._act = words(c.intermediate_size // 2)
+        self._gains = tuple(
+            g.to(torch.float16).contiguous().view(torch.int32)
+            for g in (weights.attention_gain, weights.feed_forward_gain, weights.final_gain)
+        )
+        sets = -(-parts // 8)
+        code, constraints = attention_asm(c.head_dim, c.num_heads, sets)
+        self._constants: dict[str, Any] = {
+            "P": plan.num_programs,
+            "L": c.num_layers,
+            "V": c.vocab_size,
+            "KT": c.hidden_size // TILE_COLS,
+            "KT_O": c.num_heads * c.head_dim // TILE_COLS,
+            "KT_FF": c.intermediate_size // TILE_COLS,
+            "H": c.num_heads,
+            "HKV": c.num_kv_heads,
+            "D": c.head_dim,
+            "GP": group,
+            "QH": self._query_rows,
+            "RL": 512 // c.head_dim,
+            "NR": plan.rows_per_lane,
+            "S": plan.num_splits,
+            "NB": plan.bands_gate_up,
+            "NK": 1 << (plan.num_programs - 1).bit_length(),
+            "QK_NORM": c.qk_norm,
+            "STREAM": plan.stream,
+            "BULK": plan.bulk,
+            "CODE": code,
+            "CONSTRAINTS": constraints,
+            "ASM": plan.asm,
+            "W": plan.num_warps,
+        }
+
+    def run(self, num_steps: int = 1, *, feedback: bool = False, store_logits: bool = True) -> None:
+        """Queue `num_steps` tokens; see `step_kernel`.
+
+        Raises:
+            BackendError: the kernel could not be compiled or launched.
+        """
+        try:
+            if INTERPRET:
+                for step in range(num_steps):
+                    self._interpret(feedback or step > 0, store_logits)
+            else:
+                self._launch(_ALL, 0, num_steps, feedback, store_logits)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise BackendError(f"a GPU kernel failed: {reason}") from error
+
+    def _interpret(self, feedback: bool, store_logits: bool) -> None:
+        """One token, each part of each layer as a launch of its own."""
+        self._launch(_EMBED, 0, 1, feedback, store_logits)
+        for layer in range(self.weights.config.num_layers):
+            for phase in (_QKV, _ATTENTION, _OUTPUT, _GATE_UP, _DOWN):
+                self._launch(phase, layer, 1, feedback, store_logits)
+        self._launch(_HEAD, 0, 1, feedback, store_logits)
+        self._launch(_END, 0, 1, feedback, store_logits)
+
+    def _launch(self, phase: int, layer: int, steps: int, feedback: bool, store: bool) -> None:
+        w, plan = self.weights, self.plan
+        keys, values, tokens, position, out_tokens, logits = self._shared
+        attention_gain, feed_forward_gain, final_gain = self._gains
+        options: dict[str, Any] = {"num_warps": plan.num_warps, "num_stages": 1}
+        if not INTERPRET:
+            options["launch_cooperative_grid"] = True
+        step_kernel[(plan.num_programs,)](
+            w.embedding, w.qkv, w.output, w.gate_up, w.down, w.head, attention_gain,
+            feed_forward_gain, final_gain, w.query_gain, w.key_gain, w.cos, w.sin, keys, values,
+            tokens, position, out_tokens, logits, self.best, self.epoch, self._h, self._x,
+            self._x_ff, self._qkv, self._attention, self._lse, self._act, self.max_seq_len,
+            w.config.rms_norm_eps, layer, steps, int(feedback), PHASE=phase, STORE=store,
+            **self._constants, **options,
+        )  # fmt: skip
