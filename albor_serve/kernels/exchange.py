@@ -9,6 +9,9 @@ come together. (The protocol is what NCCL calls LL.) 8-byte stores and loads are
 Tags never come twice in a row, and a word is written again only after all its readers have written
 what they made of it. Where the wait does not end, the kernel traps: an error, never a wrong number.
 
+`e` numbers elements, four of them a thread, as in `core`. Here it must come from `lanes_of`, which
+nails it to that layout: what is computed from `tl.arange` alone the compiler lays out as it likes.
+
 Without inline assembly (`ASM` false, for the interpreter, which runs program after program) the
 readers take the data as it lies there.
 """
@@ -22,6 +25,7 @@ __all__ = [
     "HALF",
     "attention_asm",
     "fence",
+    "lanes_of",
     "load_gains",
     "poll_attention",
     "poll_inputs",
@@ -81,51 +85,38 @@ def _registers(count: int) -> list[str]:
     ]
 
 
-def _inputs_asm(num_tiles: int, *, gain: bool, keep: bool) -> str:
-    """PTX of `poll_inputs`: lane l gets words 2 l and 2 l + 1 of each tile, and they change hands.
+def _inputs_asm(num_tiles: int, *, gain: bool) -> str:
+    """PTX of `_poll_tiles`: lane l gets words 2 l and 2 l + 1 of each tile and leaves them, times
+    the gain, in shared memory.
 
-    Operands: outputs, 16 for each tile unless `keep` is off, 4 sums of squares if `gain`; then the
-    address of each tile (4 each), 4 tags, 4 shared addresses to write to, 4 to read from, and if
-    `gain` 4 gain words of each tile.
+    Operands: 4 outputs, the warp's sum of squares before the gain; the address of each tile's words
+    (4 each), 4 tags, 4 shared addresses, and if `gain` 4 gain words of each tile.
     """
-    num_out = (16 * num_tiles if keep else 4) + (4 if gain else 0)
-    address = num_out
-    tag = address + 4 * num_tiles
-    to, source = tag + 4, tag + 8
-    gains = tag + 12
+    address, tag, to, gains = 4, 4 + 4 * num_tiles, 8 + 4 * num_tiles, 12 + 4 * num_tiles
+    tiles = range(num_tiles)
     lines = ["{", *_registers(num_tiles), ".reg .f32 q, f; .reg .b16 x, y;"]
-    loads = [line for k in range(num_tiles) for line in _two(k, f"${address + 4 * k}")]
-    lines += _poll(loads, [f"{c}{k}" for k in range(num_tiles) for c in "st"], f"${tag}")
+    asks = [_two(k, f"${address + 4 * k}") for k in tiles]
+    loads = [ask[0] for ask in asks] + [line for ask in asks for line in ask[1:]]
+    lines += _poll(loads, [f"{c}{k}" for k in tiles for c in "st"], f"${tag}")
+    lines.append("mov.f32 q, 0f00000000;")
     if gain:
-        lines.append("mov.f32 q, 0f00000000;")
-        for k in range(num_tiles):
+        for k in tiles:
             for c in "ab":
                 lines.append(f"mov.b32 {{x, y}}, {c}{k};")
                 lines += [f"cvt.f32.f16 f, {h}; fma.rn.f32 q, f, f, q;" for h in "xy"]
             lines.append(f"mul.rn.f16x2 a{k}, a{k}, ${gains + 4 * k};")
             lines.append(f"mul.rn.f16x2 b{k}, b{k}, ${gains + 4 * k + 1};")
-    lines += [f"st.shared.v2.b32 [${to}+{256 * k}], {{a{k}, b{k}}};" for k in range(num_tiles)]
+    lines += [f"st.shared.v2.b32 [${to}+{256 * k}], {{a{k}, b{k}}};" for k in tiles]
     if gain:
         for distance in (16, 8, 4, 2, 1):
             lines += [f"shfl.sync.bfly.b32 f, q, {distance}, 31, -1;", "add.f32 q, q, f;"]
-        first = num_out - 4
-        lines += [f"mov.f32 ${first + i}, q;" for i in range(4)]
-    if keep:
-        lines.append("bar.warp.sync -1;")
-        for k in range(num_tiles):
-            for i in range(4):
-                out = [f"${(4 * k + i) * 4 + c}" for c in range(4)]
-                at = f"${source}+{256 * k + 64 * i}"
-                lines.append(f"ld.shared.v4.b32 {{{', '.join(out)}}}, [{at}];")
-    else:
-        lines += [f"mov.b32 ${i}, 0;" for i in range(4)]
-    return "\n".join([*lines, "}"])
+    lines += [f"mov.f32 ${i}, q;" for i in range(4)]
+    return "\n".join([*lines, "bar.warp.sync -1;", "}"])
 
 
-def _inputs_constraints(num_tiles: int, *, gain: bool, keep: bool) -> str:
-    parts = ["=r"] * (16 * num_tiles if keep else 4) + ["=f"] * (4 if gain else 0)
-    parts += ["l"] * (4 * num_tiles) + ["r"] * 12 + ["r"] * (4 * num_tiles if gain else 0)
-    return ",".join(parts)
+def _inputs_constraints(num_tiles: int, *, gain: bool) -> str:
+    parts = ["=f"] * 4 + ["l"] * (4 * num_tiles) + ["r"] * 8
+    return ",".join(parts + ["r"] * (4 * num_tiles if gain else 0))
 
 
 def attention_asm(head_dim: int, num_heads: int, num_sets: int) -> tuple[str, str]:
@@ -205,20 +196,18 @@ _PREFETCH = (
 _TAGS_BASE = f"{{ .shared .align 16 .b8 tags[{BUFFER_BYTES}]; mov.b32 $0, tags; }}"
 
 if hasattr(tl, "dot"):
-    X_1 = tl.constexpr(_inputs_asm(1, gain=True, keep=True))
-    X_1_CONSTRAINTS = tl.constexpr(_inputs_constraints(1, gain=True, keep=True))
-    X_2 = tl.constexpr(_inputs_asm(2, gain=True, keep=True))
-    X_2_CONSTRAINTS = tl.constexpr(_inputs_constraints(2, gain=True, keep=True))
-    X_SHARE = tl.constexpr(_inputs_asm(1, gain=True, keep=False))
-    X_SHARE_CONSTRAINTS = tl.constexpr(_inputs_constraints(1, gain=True, keep=False))
-    A_1 = tl.constexpr(_inputs_asm(1, gain=False, keep=True))
-    A_1_CONSTRAINTS = tl.constexpr(_inputs_constraints(1, gain=False, keep=True))
-    A_2 = tl.constexpr(_inputs_asm(2, gain=False, keep=True))
-    A_2_CONSTRAINTS = tl.constexpr(_inputs_constraints(2, gain=False, keep=True))
-    A_3 = tl.constexpr(_inputs_asm(3, gain=False, keep=True))
-    A_3_CONSTRAINTS = tl.constexpr(_inputs_constraints(3, gain=False, keep=True))
-    A_4 = tl.constexpr(_inputs_asm(4, gain=False, keep=True))
-    A_4_CONSTRAINTS = tl.constexpr(_inputs_constraints(4, gain=False, keep=True))
+    GAINED_1 = tl.constexpr(_inputs_asm(1, gain=True))
+    GAINED_1_CONSTRAINTS = tl.constexpr(_inputs_constraints(1, gain=True))
+    GAINED_2 = tl.constexpr(_inputs_asm(2, gain=True))
+    GAINED_2_CONSTRAINTS = tl.constexpr(_inputs_constraints(2, gain=True))
+    PLAIN_1 = tl.constexpr(_inputs_asm(1, gain=False))
+    PLAIN_1_CONSTRAINTS = tl.constexpr(_inputs_constraints(1, gain=False))
+    PLAIN_2 = tl.constexpr(_inputs_asm(2, gain=False))
+    PLAIN_2_CONSTRAINTS = tl.constexpr(_inputs_constraints(2, gain=False))
+    PLAIN_3 = tl.constexpr(_inputs_asm(3, gain=False))
+    PLAIN_3_CONSTRAINTS = tl.constexpr(_inputs_constraints(3, gain=False))
+    PLAIN_4 = tl.constexpr(_inputs_asm(4, gain=False))
+    PLAIN_4_CONSTRAINTS = tl.constexpr(_inputs_constraints(4, gain=False))
     SHARED = tl.constexpr(_SHARED_ASM)
     KEYS = tl.constexpr(_KEYS_ASM)
     PUT_FLOAT = tl.constexpr(_PUT_FLOAT)
@@ -227,6 +216,13 @@ if hasattr(tl, "dot"):
     PUT_PAIRS_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,l,l,l,l,f,f,f,f,r,r,r,r,r,r,r,r")
     PREFETCH = tl.constexpr(_PREFETCH)
     TAGS_BASE = tl.constexpr(_TAGS_BASE)
+
+
+@jit()
+def lanes_of(zeros_ptr, T: tl.constexpr):
+    """0 to T - 1, four to a thread. zeros_ptr: int32 [T], all zero."""
+    at = tl.arange(0, T)
+    return at + tl.load(zeros_ptr + at)
 
 
 @jit()
@@ -256,7 +252,7 @@ def prefetch(ptr, offset, NUM_BYTES: tl.constexpr, on, c, BULK: tl.constexpr):
         tl.inline_asm_elementwise(
             PREFETCH,
             "=r,l,r,r",
-            [ptr + offset + c * 0, c * 0 + NUM_BYTES, ((c == 0) & on).to(tl.int32)],
+            [(ptr + offset + c * 0).to(tl.int64), c * 0 + NUM_BYTES, ((c == 0) & on).to(tl.int32)],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
@@ -311,7 +307,66 @@ def _twin_inputs(x_ptr, g_ptr, e, KT: tl.constexpr, GAIN: tl.constexpr, W: tl.co
 
 @jit()
 def _address(ptr, e, q, KT: tl.constexpr, W: tl.constexpr):
-    return ptr + tl.minimum(e // 128 + q * W, KT - 1) * 64 + e % 128 // 4 * 2
+    at = tl.minimum(e // 128 + q * W, KT - 1) * 64 + e % 128 // 4 * 2
+    return (ptr + at).to(tl.int64)
+
+
+@jit()
+def _poll_tiles(ptr, gains, tag, to, e, KT: tl.constexpr, GAIN: tl.constexpr, W: tl.constexpr):
+    """Leave each warp's KPW tiles in shared memory, 256 bytes apart; its sum of squares [4 T]."""
+    KPW: tl.constexpr = (KT + W - 1) // W
+    tags = tag + e * 0
+    a0 = _address(ptr, e, 0, KT, W)
+    if GAIN:
+        if KPW == 1:
+            return tl.inline_asm_elementwise(
+                GAINED_1, GAINED_1_CONSTRAINTS, [a0, tags, to, gains[0]],
+                dtype=tl.float32, is_pure=False, pack=4,
+            )  # fmt: skip
+        else:
+            tl.static_assert(KPW == 2 and KT % W == 0)
+            return tl.inline_asm_elementwise(
+                GAINED_2, GAINED_2_CONSTRAINTS,
+                [a0, _address(ptr, e, 1, KT, W), tags, to, gains[0], gains[1]],
+                dtype=tl.float32, is_pure=False, pack=4,
+            )  # fmt: skip
+    elif KPW == 1:
+        return tl.inline_asm_elementwise(
+            PLAIN_1, PLAIN_1_CONSTRAINTS, [a0, tags, to],
+            dtype=tl.float32, is_pure=False, pack=4,
+        )  # fmt: skip
+    elif KPW == 2:
+        return tl.inline_asm_elementwise(
+            PLAIN_2, PLAIN_2_CONSTRAINTS, [a0, _address(ptr, e, 1, KT, W), tags, to],
+            dtype=tl.float32, is_pure=False, pack=4,
+        )  # fmt: skip
+    elif KPW == 3:
+        return tl.inline_asm_elementwise(
+            PLAIN_3, PLAIN_3_CONSTRAINTS,
+            [a0, _address(ptr, e, 1, KT, W), _address(ptr, e, 2, KT, W), tags, to],
+            dtype=tl.float32, is_pure=False, pack=4,
+        )  # fmt: skip
+    else:
+        tl.static_assert(KPW == 4)
+        return tl.inline_asm_elementwise(
+            PLAIN_4, PLAIN_4_CONSTRAINTS,
+            [a0, _address(ptr, e, 1, KT, W), _address(ptr, e, 2, KT, W),
+             _address(ptr, e, 3, KT, W), tags, to],
+            dtype=tl.float32, is_pure=False, pack=4,
+        )  # fmt: skip
+
+
+@jit()
+def _shared_tile(source):
+    """Four int32 [4 T] of a tile in shared memory, as `mma_tile` wants them."""
+    xs = ()
+    for i in tl.static_range(4):
+        x = tl.inline_asm_elementwise(
+            "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r,r,r,r", [source + 64 * i],
+            dtype=tl.int32, is_pure=False, pack=4,
+        )  # fmt: skip
+        xs = xs + (x,)  # noqa: RUF005
+    return xs
 
 
 @jit()
@@ -321,68 +376,25 @@ def poll_inputs(x_ptr, g_ptr, gains, tag, buffer, e, KT: tl.constexpr, GAIN: tl.
 
     Args:
         x_ptr: words [KT · 64]. g_ptr, gains: the gains and what `load_gains` made of them, used
-        with GAIN. buffer: `tags_base` and what is free of it. KT: tiles; at most 4 for each warp, 2
-        with GAIN.
+        with GAIN. buffer: what is free of `tags_base`. KT: tiles; at most 4 for each warp, 2 with
+        GAIN.
 
     Returns:
         a tuple of 4 · KPW int32 [4 T], as `mma_tile` wants them; the sum of squares of the warp's
         columns without gain, float32 [4 T] (0 without GAIN).
     """
-    if not ASM:
-        return _twin_inputs(x_ptr, g_ptr, e, KT, GAIN, W)
     KPW: tl.constexpr = (KT + W - 1) // W
-    to = buffer + e // 128 * (256 * KPW) + e % 128 // 4 * 8
-    source = buffer + e // 128 * (256 * KPW) + e // 4 % 4 * 16
-    tags = tag + e * 0
-    i32: tl.constexpr = tl.int32
-    f32: tl.constexpr = tl.float32
-    a0 = _address(x_ptr, e, 0, KT, W)
-    if GAIN:
-        if KPW == 1:
-            r = tl.inline_asm_elementwise(
-                X_1, X_1_CONSTRAINTS, [a0, tags, to, source, gains[0]],
-                dtype=(i32, i32, i32, i32, f32), is_pure=False, pack=4,
-            )  # fmt: skip
-            squares = tl.where(e // 128 < KT, r[4], 0.0)
-            return (r[0], r[1], r[2], r[3]), squares
-        tl.static_assert(KPW == 2 and KT % W == 0)
-        a1 = _address(x_ptr, e, 1, KT, W)
-        r = tl.inline_asm_elementwise(
-            X_2, X_2_CONSTRAINTS, [a0, a1, tags, to, source, gains[0], gains[1]],
-            dtype=(i32, i32, i32, i32, i32, i32, i32, i32, f32), is_pure=False, pack=4,
-        )  # fmt: skip
-        return (r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7]), r[8]
-    zeros = tl.zeros([W * 128], tl.float32)
-    if KPW == 1:
-        r = tl.inline_asm_elementwise(
-            A_1, A_1_CONSTRAINTS, [a0, tags, to, source],
-            dtype=(i32, i32, i32, i32), is_pure=False, pack=4,
-        )  # fmt: skip
-        return (r[0], r[1], r[2], r[3]), zeros
-    a1 = _address(x_ptr, e, 1, KT, W)
-    if KPW == 2:
-        r = tl.inline_asm_elementwise(
-            A_2, A_2_CONSTRAINTS, [a0, a1, tags, to, source],
-            dtype=(i32, i32, i32, i32, i32, i32, i32, i32), is_pure=False, pack=4,
-        )  # fmt: skip
-        return (r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7]), zeros
-    a2 = _address(x_ptr, e, 2, KT, W)
-    if KPW == 3:
-        r = tl.inline_asm_elementwise(
-            A_3, A_3_CONSTRAINTS, [a0, a1, a2, tags, to, source],
-            dtype=(i32, i32, i32, i32, i32, i32, i32, i32, i32, i32, i32, i32),
-            is_pure=False, pack=4,
-        )  # fmt: skip
-        return (r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8], r[9], r[10], r[11]), zeros
-    tl.static_assert(KPW == 4)
-    a3 = _address(x_ptr, e, 3, KT, W)
-    r = tl.inline_asm_elementwise(
-        A_4, A_4_CONSTRAINTS, [a0, a1, a2, a3, tags, to, source],
-        dtype=(i32, i32, i32, i32, i32, i32, i32, i32, i32, i32, i32, i32, i32, i32, i32, i32),
-        is_pure=False, pack=4,
-    )  # fmt: skip
-    return (r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8], r[9], r[10], r[11], r[12],
-            r[13], r[14], r[15]), zeros  # fmt: skip
+    if ASM:
+        to = buffer + e // 128 * (256 * KPW) + e % 128 // 4 * 8
+        squares = _poll_tiles(x_ptr, gains, tag, to, e, KT, GAIN, W)
+        squares = tl.where(e // 128 < KT, squares, 0.0)
+        xs = ()
+        for q in tl.static_range(KPW):
+            source = buffer + e // 128 * (256 * KPW) + q * 256 + e // 4 % 4 * 16
+            xs = xs + _shared_tile(source)
+    else:
+        xs, squares = _twin_inputs(x_ptr, g_ptr, e, KT, GAIN, W)
+    return xs, squares
 
 
 @jit()
@@ -392,42 +404,34 @@ def share_inputs(x_ptr, g_ptr, gains, tag, buffer, e, KT: tl.constexpr, ASM: tl.
 
     Returns the sum of squares of the warp's columns, float32 [4 T].
     """
-    if not ASM:
-        _, squares = _twin_inputs(x_ptr, g_ptr, e, KT, True, W)
-        return squares
-    squares = tl.zeros([W * 128], tl.float32)
-    for q in tl.static_range((KT + W - 1) // W):
-        kt = tl.minimum(e // 128 + q * W, KT - 1)
-        to = buffer + kt * 256 + e % 128 // 4 * 8
-        r = tl.inline_asm_elementwise(
-            X_SHARE, X_SHARE_CONSTRAINTS,
-            [_address(x_ptr, e, q, KT, W), tag + e * 0, to, to, gains[q]],
-            dtype=(tl.int32, tl.float32), is_pure=False, pack=4,
-        )  # fmt: skip
-        squares += tl.where(e // 128 + q * W < KT, r[1], 0.0)
+    if ASM:
+        squares = tl.zeros([W * 128], tl.float32)
+        for q in tl.static_range((KT + W - 1) // W):
+            kt = tl.minimum(e // 128 + q * W, KT - 1)
+            to = buffer + kt * 256 + e % 128 // 4 * 8
+            part = tl.inline_asm_elementwise(
+                GAINED_1, GAINED_1_CONSTRAINTS,
+                [_address(x_ptr, e, q, KT, W), tag + e * 0, to, gains[q]],
+                dtype=tl.float32, is_pure=False, pack=4,
+            )  # fmt: skip
+            squares += tl.where(e // 128 + q * W < KT, part, 0.0)
+    else:
+        _xs, squares = _twin_inputs(x_ptr, g_ptr, e, KT, True, W)
     return squares
 
 
 @jit()
 def shared_inputs(x_ptr, g_ptr, buffer, kt, e, ASM: tl.constexpr):
     """Columns 128·kt to 128·kt + 127 of what `share_inputs` left: four int32 [4 T]."""
-    at = kt * 64 + e // 4 % 4 * 4 + e % 4
     xs = ()
-    for i in tl.static_range(4):
-        if ASM:
-            x = tl.inline_asm_elementwise(
-                "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
-                "=r,=r,=r,=r,r,r,r,r",
-                [buffer + (at + 16 * i) * 4],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=4,
-            )
-        else:
-            low, high = halves(_data(x_ptr + at + 16 * i, e >= 0))
-            g_low, g_high = halves(tl.load(g_ptr + at + 16 * i))
-            x = to_words(low * g_low, high * g_high)
-        xs = xs + (x,)  # noqa: RUF005
+    if ASM:
+        xs = _shared_tile(buffer + kt * 256 + e // 4 % 4 * 16)
+    else:
+        for i in tl.static_range(4):
+            at = kt * 64 + e // 4 % 4 * 4 + e % 4 + 16 * i
+            low, high = halves(_data(x_ptr + at, e >= 0))
+            g_low, g_high = halves(tl.load(g_ptr + at))
+            xs = xs + (to_words(low * g_low, high * g_high),)  # noqa: RUF005
     return xs
 
 
@@ -436,7 +440,12 @@ def poll_to_shared(ptr, to, tag, ASM: tl.constexpr):
     """Two words for each element of ptr, to two float32 of shared memory."""
     if ASM:
         tl.inline_asm_elementwise(
-            SHARED, "=r,l,r,r", [ptr, tag + to * 0, to], dtype=tl.int32, is_pure=False, pack=1
+            SHARED,
+            "=r,l,r,r",
+            [ptr.to(tl.int64), tag + to * 0, to],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
         )
 
 
@@ -456,8 +465,7 @@ def shared_float(base, index, word_ptr, ASM: tl.constexpr):
 
 
 @jit()
-def poll_attention(att_ptr, lse_ptr, tag, split, n, e, first_head, KT: tl.constexpr,
-                   H: tl.constexpr, D: tl.constexpr, SETS: tl.constexpr, CODE: tl.constexpr,
+def poll_attention(att_ptr, lse_ptr, tag, split, e, first_head, H: tl.constexpr, D: tl.constexpr, SETS: tl.constexpr, CODE: tl.constexpr,
                    CONSTRAINTS: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
     """One tile's attention outputs: for each of its heads and each set of eight splits D / 32
     int32 [4 T] of values and a float32 [4 T] weight, as two tuples.
@@ -468,46 +476,57 @@ def poll_attention(att_ptr, lse_ptr, tag, split, n, e, first_head, KT: tl.conste
     row = split * H + first_head
     HEADS: tl.constexpr = 128 // D
     WORDS: tl.constexpr = D // 32
-    i32: tl.constexpr = tl.int32
-    f32: tl.constexpr = tl.float32
+    values = ()
+    logs = ()
     if not ASM:
-        values = ()
-        logs = ()
         for h in tl.static_range(HEADS):
             for a in tl.static_range(SETS):
                 at = row + a * 8 * H + h
-                logs = logs + (  # noqa: RUF005
-                    _data(lse_ptr + at, e >= 0).to(tl.float32, bitcast=True),
-                )
+                log = _data(lse_ptr + at, e >= 0).to(tl.float32, bitcast=True)
+                logs = logs + (log,)  # noqa: RUF005
                 for i in tl.static_range(WORDS):
                     word = _data(att_ptr + at * (D // 2) + i * 16 + e // 4 % 4 * 4 + e % 4, e >= 0)
                     values = values + (word,)  # noqa: RUF005
-        return values, logs
-    address = att_ptr + row * (D // 2) + e // 4 % 4 * 4
-    tl.static_assert(HEADS * SETS * WORDS <= 8)
-    if HEADS * SETS == 2:
-        r = tl.inline_asm_elementwise(
-            CODE, CONSTRAINTS, [address, lse_ptr + row, tag + e * 0],
-            dtype=(i32, i32, i32, i32, f32, f32) if WORDS == 2 else
-            (i32, i32, i32, i32, i32, i32, i32, i32, f32, f32),
-            is_pure=False, pack=4,
-        )  # fmt: skip
-        if WORDS == 2:
-            return (r[0], r[1], r[2], r[3]), (r[4], r[5])
-        return (r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7]), (r[8], r[9])
-    if HEADS * SETS == 1:
-        r = tl.inline_asm_elementwise(
-            CODE, CONSTRAINTS, [address, lse_ptr + row, tag + e * 0],
-            dtype=(i32, i32, i32, i32, f32), is_pure=False, pack=4,
-        )  # fmt: skip
-        return (r[0], r[1], r[2], r[3]), (r[4],)
-    tl.static_assert(HEADS * SETS == 4 and WORDS == 2)
-    r = tl.inline_asm_elementwise(
-        CODE, CONSTRAINTS, [address, lse_ptr + row, tag + e * 0],
-        dtype=(i32, i32, i32, i32, i32, i32, i32, i32, f32, f32, f32, f32),
-        is_pure=False, pack=4,
-    )  # fmt: skip
-    return (r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7]), (r[8], r[9], r[10], r[11])
+    else:
+        address = (att_ptr + row * (D // 2) + e // 4 % 4 * 4).to(tl.int64)
+        inputs = [address, (lse_ptr + row).to(tl.int64), tag + e * 0]
+        if HEADS * SETS == 1:
+            tl.static_assert(WORDS == 4)
+            r = tl.inline_asm_elementwise(
+                CODE, CONSTRAINTS, inputs,
+                dtype=(tl.int32, tl.int32, tl.int32, tl.int32, tl.float32), is_pure=False, pack=4,
+            )  # fmt: skip
+            values = (r[0], r[1], r[2], r[3])
+            logs = (r[4],)
+        elif HEADS * SETS * WORDS == 4:
+            r = tl.inline_asm_elementwise(
+                CODE, CONSTRAINTS, inputs,
+                dtype=(tl.int32, tl.int32, tl.int32, tl.int32, tl.float32, tl.float32),
+                is_pure=False, pack=4,
+            )  # fmt: skip
+            values = (r[0], r[1], r[2], r[3])
+            logs = (r[4], r[5])
+        elif HEADS * SETS == 2:
+            tl.static_assert(WORDS == 4)
+            r = tl.inline_asm_elementwise(
+                CODE, CONSTRAINTS, inputs,
+                dtype=(tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32,
+                       tl.int32, tl.float32, tl.float32),
+                is_pure=False, pack=4,
+            )  # fmt: skip
+            values = (r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7])
+            logs = (r[8], r[9])
+        else:
+            tl.static_assert(HEADS * SETS == 4 and WORDS == 2)
+            r = tl.inline_asm_elementwise(
+                CODE, CONSTRAINTS, inputs,
+                dtype=(tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32,
+                       tl.int32, tl.float32, tl.float32, tl.float32, tl.float32),
+                is_pure=False, pack=4,
+            )  # fmt: skip
+            values = (r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7])
+            logs = (r[8], r[9], r[10], r[11])
+    return values, logs
 
 
 @jit()
@@ -515,7 +534,7 @@ def poll_keys(keys_ptr, which, tag, ASM: tl.constexpr):
     """The int64 keys of programs `which`. keys_ptr: words [programs, 2]."""
     if ASM:
         low, high = tl.inline_asm_elementwise(
-            KEYS, "=r,=r,l,r", [keys_ptr + which * 2, tag + which * 0],
+            KEYS, "=r,=r,l,r", [(keys_ptr + which * 2).to(tl.int64), tag + which * 0],
             dtype=(tl.int32, tl.int32), is_pure=False, pack=1,
         )  # fmt: skip
     else:
@@ -538,7 +557,7 @@ def put_float(ptr, value, tag, ok, ASM: tl.constexpr):
     """Publish float32 values; one element a thread."""
     if ASM:
         tl.inline_asm_elementwise(
-            PUT_FLOAT, "=r,l,f,r,r", [ptr, value, tag + ok.to(tl.int32) * 0, ok.to(tl.int32)],
+            PUT_FLOAT, "=r,l,f,r,r", [ptr.to(tl.int64), value, tag + ok.to(tl.int32) * 0, ok.to(tl.int32)],
             dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
     else:
@@ -555,7 +574,7 @@ def put_halves(ptr, value, tag, ok, ASM: tl.constexpr):
     ok = ok & (c % 2 == 0)
     if ASM:
         tl.inline_asm_elementwise(
-            PUT_HALVES, "=r,l,f,r,r", [ptr, value, tag + c * 0, ok.to(tl.int32)],
+            PUT_HALVES, "=r,l,f,r,r", [ptr.to(tl.int64), value, tag + c * 0, ok.to(tl.int32)],
             dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
     else:
@@ -572,7 +591,7 @@ def put_pairs(ptr, value, tag, ok, at, ASM: tl.constexpr):
     if ASM:
         tl.inline_asm_elementwise(
             PUT_PAIRS, PUT_PAIRS_CONSTRAINTS,
-            [ptr, value, tag + ok.to(tl.int32) * 0, ok.to(tl.int32)],
+            [ptr.to(tl.int64), value, tag + ok.to(tl.int32) * 0, ok.to(tl.int32)],
             dtype=tl.int32, is_pure=False, pack=4,
         )  # fmt: skip
     else:

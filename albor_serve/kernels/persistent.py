@@ -48,6 +48,7 @@ from albor_serve.kernels.core import (
 from albor_serve.kernels.exchange import (
     attention_asm,
     fence,
+    lanes_of,
     load_gains,
     poll_attention,
     poll_inputs,
@@ -116,13 +117,13 @@ def _embed(pid, w_ptr, keys_ptr, tokens_ptr, out_ptr, h_ptr, x_ptr, pos, tag, fe
 
 
 @jit()
-def _qkv(pid, w_ptr, x_ptr, g_ptr, qkv_ptr, tag, eps, base, buffer, KT: tl.constexpr,
+def _qkv(pid, w_ptr, x_ptr, g_ptr, qkv_ptr, tag, eps, base, buffer, lanes, KT: tl.constexpr,
          STREAM: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
     e = tl.arange(0, W * 128)
     KPW: tl.constexpr = (KT + W - 1) // W
     tiles = load_bands(w_ptr, pid, KT, 1, STREAM, e, W)
     gains = load_gains(g_ptr, e, KT, W)
-    xs, squares = poll_inputs(x_ptr, g_ptr, gains, tag, buffer, e, KT, True, ASM, W)
+    xs, squares = poll_inputs(x_ptr, g_ptr, gains, tag, buffer, lanes, KT, True, ASM, W)
     acc = product(tiles, xs, 0.0, 0, KPW, False, ASM, W)
     share(base, 0, acc, e, ASM, W)
     share(base, 1, squares, e, ASM, W)
@@ -137,8 +138,8 @@ def _qkv(pid, w_ptr, x_ptr, g_ptr, qkv_ptr, tag, eps, base, buffer, KT: tl.const
 
 
 @jit()
-def _attention(kv_head, split, qkv_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, qn_ptr, kn_ptr, att_ptr,
-               lse_ptr, pos, tag, limit, eps, shared, H: tl.constexpr, HKV: tl.constexpr,
+def _attention(kv_head, split, qkv_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, qn_ptr, kn_ptr, zeros_ptr,
+               att_ptr, lse_ptr, pos, tag, limit, eps, shared, H: tl.constexpr, HKV: tl.constexpr,
                D: tl.constexpr, GP: tl.constexpr, QH: tl.constexpr, RL: tl.constexpr,
                NR: tl.constexpr, S: tl.constexpr, QK_NORM: tl.constexpr, ASM: tl.constexpr,
                W: tl.constexpr):  # fmt: skip
@@ -173,6 +174,9 @@ def _attention(kv_head, split, qkv_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, qn_ptr, 
     tl.debug_barrier()
 
     own = tl.minimum(i % GP, G - 1)
+    # As in `lanes_of`: the layout of the cache's loads.
+    plain = at
+    at += tl.load(zeros_ptr + at)
     q_at = own * D + at
     q_from = qkv_ptr + kv_head * G * D
     q_low = shared_float(shared, q_at, q_from + q_at, ASM)
@@ -201,10 +205,10 @@ def _attention(kv_head, split, qkv_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, qn_ptr, 
         n_low = n_low.to(tl.float16)
         n_high = n_high.to(tl.float16)
         once = (i == 0) & (r == 0) & (d2 >= 0)
-        tl.store(k_ptr + pos * D + at, n_low, mask=once)
-        tl.store(k_ptr + pos * D + half + at, n_high, mask=once)
-        tl.store(v_ptr + pos * D + at, v_low, mask=once)
-        tl.store(v_ptr + pos * D + half + at, v_high, mask=once)
+        tl.store(k_ptr + pos * D + plain, n_low, mask=once)
+        tl.store(k_ptr + pos * D + half + plain, n_high, mask=once)
+        tl.store(v_ptr + pos * D + plain, v_low, mask=once)
+        tl.store(v_ptr + pos * D + half + plain, v_high, mask=once)
         s = tl.sum(n_low.to(tl.float32) * q_low + n_high.to(tl.float32) * q_high, axis=2)
         mine = tl.sum(r + i // GP + d2 * 0, axis=2) == 0
         top = tl.where(mine, s, top)
@@ -216,12 +220,13 @@ def _attention(kv_head, split, qkv_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, qn_ptr, 
                                              o_low, o_high, RL, NR)  # fmt: skip
     step: tl.constexpr = S * PARTS * NR * RL
     tile = split * (PARTS * NR * RL) + step
+    ahead = step
     while tile < pos:
-        first += step
-        rows = load_rows(k_ptr, v_ptr, first, r, d2, limit, D, RL, NR)
-        top, weight, o_low, o_high = attend_rows(rows, first, r, pos, q_low, q_high, top, weight,
+        rows = load_rows(k_ptr, v_ptr, first + ahead, r, d2, limit, D, RL, NR)
+        top, weight, o_low, o_high = attend_rows(rows, first + ahead, r, pos, q_low, q_high, top, weight,
                                                  o_low, o_high, RL, NR)  # fmt: skip
         tile += step
+        ahead += step
 
     best = tl.max(top, axis=0)
     shrink = tl.exp2(top - best[None, :])
@@ -258,7 +263,7 @@ def _add_band(base, acc, h_ptr, h, x_ptr, pid, tag, ASM: tl.constexpr, W: tl.con
 
 
 @jit()
-def _output(pid, w_ptr, att_ptr, lse_ptr, h_ptr, x_ptr, tag, base, KT: tl.constexpr,
+def _output(pid, w_ptr, att_ptr, lse_ptr, h_ptr, x_ptr, tag, base, lanes, KT: tl.constexpr,
             H: tl.constexpr, D: tl.constexpr, NP: tl.constexpr, CODE: tl.constexpr,
             CONSTRAINTS: tl.constexpr, STREAM: tl.constexpr, ASM: tl.constexpr,
             W: tl.constexpr):  # fmt: skip
@@ -270,12 +275,12 @@ def _output(pid, w_ptr, att_ptr, lse_ptr, h_ptr, x_ptr, tag, base, KT: tl.conste
     WORDS: tl.constexpr = D // 32
     tiles = load_bands(w_ptr, pid, KT, 1, STREAM, e, W)
     h = tl.load(h_ptr + pid * 16 + c % 16)
-    n = column_of(e)
+    n = column_of(lanes)
     split = tl.minimum(n, NP - 1)
     acc = tl.zeros([W * 128], tl.float32)
     for q in tl.static_range(KPW):
-        first_head = tl.minimum(e // 128 + q * W, KT - 1) * HEADS
-        values, logs = poll_attention(att_ptr, lse_ptr, tag, split, n, e, first_head, KT, H, D,
+        first_head = tl.minimum(lanes // 128 + q * W, KT - 1) * HEADS
+        values, logs = poll_attention(att_ptr, lse_ptr, tag, split, lanes, first_head, H, D,
                                       SETS, CODE, CONSTRAINTS, ASM)  # fmt: skip
         xs = ()
         for part in tl.static_range(HEADS):
@@ -306,14 +311,14 @@ def _output(pid, w_ptr, att_ptr, lse_ptr, h_ptr, x_ptr, tag, base, KT: tl.conste
 
 
 @jit()
-def _gate_up(pid, w_ptr, x_ptr, g_ptr, act_ptr, tag, eps, base, buffer, KT: tl.constexpr,
+def _gate_up(pid, w_ptr, x_ptr, g_ptr, act_ptr, tag, eps, base, buffer, lanes, KT: tl.constexpr,
              NB: tl.constexpr, STREAM: tl.constexpr, ASM: tl.constexpr,
              W: tl.constexpr):  # fmt: skip
     e = tl.arange(0, W * 128)
     KPW: tl.constexpr = (KT + W - 1) // W
     tiles = load_bands(w_ptr, pid * NB, KT, NB, STREAM, e, W)
     gains = load_gains(g_ptr, e, KT, W)
-    xs, squares = poll_inputs(x_ptr, g_ptr, gains, tag, buffer, e, KT, True, ASM, W)
+    xs, squares = poll_inputs(x_ptr, g_ptr, gains, tag, buffer, lanes, KT, True, ASM, W)
     accs = ()
     for b in tl.static_range(NB):
         acc = product(tiles, xs, 0.0, b, KPW, False, ASM, W)
@@ -335,14 +340,14 @@ def _gate_up(pid, w_ptr, x_ptr, g_ptr, act_ptr, tag, eps, base, buffer, KT: tl.c
 
 
 @jit()
-def _down(pid, w_ptr, act_ptr, h_ptr, x_ptr, tag, next_tag, base, buffer, KT: tl.constexpr,
+def _down(pid, w_ptr, act_ptr, h_ptr, x_ptr, tag, next_tag, base, buffer, lanes, KT: tl.constexpr,
           STREAM: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
     e = tl.arange(0, W * 128)
     c = tl.arange(0, W * 32)
     KPW: tl.constexpr = (KT + W - 1) // W
     tiles = load_bands(w_ptr, pid, KT, 1, STREAM, e, W)
     h = tl.load(h_ptr + pid * 16 + c % 16)
-    xs, _squares = poll_inputs(act_ptr, act_ptr, (), tag, buffer, e, KT, False, ASM, W)
+    xs, _squares = poll_inputs(act_ptr, act_ptr, (), tag, buffer, lanes, KT, False, ASM, W)
     acc = product(tiles, xs, 0.0, 0, KPW, False, ASM, W)
     share(base, 0, acc, e, ASM, W)
     tl.debug_barrier()
@@ -350,7 +355,7 @@ def _down(pid, w_ptr, act_ptr, h_ptr, x_ptr, tag, next_tag, base, buffer, KT: tl
 
 
 @jit()
-def _head(pid, w_ptr, x_ptr, g_ptr, logits_ptr, keys_ptr, tag, eps, base, buffer,
+def _head(pid, w_ptr, x_ptr, g_ptr, logits_ptr, keys_ptr, tag, eps, base, buffer, lanes,
           P: tl.constexpr, V: tl.constexpr, KT: tl.constexpr, STORE: tl.constexpr,
           STREAM: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
     e = tl.arange(0, W * 128)
@@ -359,11 +364,13 @@ def _head(pid, w_ptr, x_ptr, g_ptr, logits_ptr, keys_ptr, tag, eps, base, buffer
     # Warp w of all programs, then warp w + 1: bands of one program lie W apart, so that a round
     # that is not full is shared by all.
     band = e // 128 * P + pid
+    # Tile n KT + k is the k-th of round n; this many are on their way at a time.
+    AHEAD: tl.constexpr = min(6, KT)
     tiles = ()
-    for k in tl.static_range(KT):
+    for k in tl.static_range(AHEAD):
         tiles = tiles + load_tile(w_ptr, tl.minimum(band, BANDS - 1) * KT + k, e, STREAM)
     gains = load_gains(g_ptr, e, KT, W)
-    squares = share_inputs(x_ptr, g_ptr, gains, tag, buffer, e, KT, ASM, W)
+    squares = share_inputs(x_ptr, g_ptr, gains, tag, buffer, lanes, KT, ASM, W)
     share(base, 0, squares, e, ASM, W)
     tl.debug_barrier()
     total = across_warps(base, (squares,), e * 0, e * 0, ASM, W)
@@ -371,16 +378,14 @@ def _head(pid, w_ptr, x_ptr, g_ptr, logits_ptr, keys_ptr, tag, eps, base, buffer
     best = tl.full([W * 128], -(1 << 63), tl.int64)
     for n in tl.static_range(ROUNDS):
         here = band + n * (P * W)
-        following = tl.minimum(here + P * W, BANDS - 1)
         acc = tl.zeros([W * 128], tl.float32)
-        new = ()
         for k in tl.static_range(KT):
-            xs = shared_inputs(x_ptr, g_ptr, buffer, k, e, ASM)
-            acc = mma_tile(tiles[3 * k], tiles[3 * k + 1], tiles[3 * k + 2], xs, acc, 0.0, False,
-                           ASM, W)  # fmt: skip
-            if n + 1 < ROUNDS:
-                new = new + load_tile(w_ptr, following * KT + k, e, STREAM)
-        tiles = new
+            xs = shared_inputs(x_ptr, g_ptr, buffer, k, lanes, ASM)
+            acc = mma_tile(tiles[0], tiles[1], tiles[2], xs, acc, 0.0, False, ASM, W)
+            tiles = tiles[3:]
+            if n * KT + k + AHEAD < ROUNDS * KT:
+                source = tl.minimum(band + (n * KT + k + AHEAD) // KT * (P * W), BANDS - 1)
+                tiles = tiles + load_tile(w_ptr, source * KT + (k + AHEAD) % KT, e, STREAM)
         y = acc * inverse * undo_16(e)
         row = here * 16 + e // 16 % 8 + e // 2 % 2 * 8
         ok = (here < BANDS) & (row < V) & (e // 4 % 4 == 0) & (e % 2 == 0)
@@ -397,7 +402,7 @@ def step_kernel(embedding_ptr, qkv_w_ptr, output_w_ptr, gate_up_w_ptr, down_w_pt
                 attention_gain_ptr, feed_forward_gain_ptr, final_gain_ptr, query_gain_ptr,
                 key_gain_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, tokens_ptr, pos_ptr, out_ptr,
                 logits_ptr, best_ptr, epoch_ptr, h_ptr, x_ptr, x_ff_ptr, qkv_ptr, att_ptr, lse_ptr,
-                act_ptr, max_len, eps, layer, num_steps, feedback, PHASE: tl.constexpr,
+                act_ptr, zeros_ptr, max_len, eps, layer, num_steps, feedback, PHASE: tl.constexpr,
                 P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, KT: tl.constexpr,
                 KT_O: tl.constexpr, KT_FF: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr,
                 D: tl.constexpr, GP: tl.constexpr, QH: tl.constexpr, RL: tl.constexpr,
@@ -414,6 +419,7 @@ def step_kernel(embedding_ptr, qkv_w_ptr, output_w_ptr, gate_up_w_ptr, down_w_pt
     c = tl.arange(0, W * 32)
     base = shared_base(ASM)
     buffer = tags_base(ASM)
+    lanes = lanes_of(zeros_ptr, W * 128)
     # Results of neighbouring parts lie in different shared memory: a warp may be ahead of another
     # by less than one part.
     other: tl.constexpr = (NB + 1) * W * 512
@@ -453,21 +459,21 @@ def step_kernel(embedding_ptr, qkv_w_ptr, output_w_ptr, gate_up_w_ptr, down_w_pt
                     prefetch(qkv_w_ptr, after * QKV_WORDS + pid * (KT * 288), KT * 1152, more, c,
                              BULK)  # fmt: skip
                     _qkv(pid, qkv_w_ptr + i * QKV_WORDS, x_ptr, attention_gain_ptr + i * (KT * 64),
-                         qkv_ptr, here, eps, base, buffer, KT, STREAM, ASM, W)  # fmt: skip
+                         qkv_ptr, here, eps, base, buffer, lanes, KT, STREAM, ASM, W)  # fmt: skip
             if PHASE == -1 or PHASE == 2:
                 if pid < HKV * S:
                     kv_head = pid % HKV
                     cache = (i * HKV + kv_head) * max_len * D
                     _attention(kv_head, pid // HKV, qkv_ptr, keys_ptr + cache, values_ptr + cache,
                                cos_ptr, sin_ptr, query_gain_ptr + i * D, key_gain_ptr + i * D,
-                               att_ptr, lse_ptr, pos, here, max_len, eps, buffer, H, HKV, D, GP,
+                               zeros_ptr, att_ptr, lse_ptr, pos, here, max_len, eps, buffer, H, HKV, D, GP,
                                QH, RL, NR, S, QK_NORM, ASM, W)  # fmt: skip
             if PHASE == -1 or PHASE == 3:
                 if pid < BANDS:
                     prefetch(output_w_ptr, after * OUTPUT_WORDS + pid * (KT_O * 288), KT_O * 1152,
                              more, c, BULK)  # fmt: skip
                     _output(pid, output_w_ptr + i * OUTPUT_WORDS, att_ptr, lse_ptr, h_ptr,
-                            x_ff_ptr, here, base + other, KT_O, H, D, S * PARTS, CODE, CONSTRAINTS,
+                            x_ff_ptr, here, base + other, lanes, KT_O, H, D, S * PARTS, CODE, CONSTRAINTS,
                             STREAM, ASM, W)  # fmt: skip
             if PHASE == -1 or PHASE == 4:
                 if pid < GATE_PROGRAMS:
@@ -475,17 +481,17 @@ def step_kernel(embedding_ptr, qkv_w_ptr, output_w_ptr, gate_up_w_ptr, down_w_pt
                              NB * KT * 1152, more, c, BULK)  # fmt: skip
                     _gate_up(pid, gate_up_w_ptr + i * GATE_WORDS, x_ff_ptr,
                              feed_forward_gain_ptr + i * (KT * 64), act_ptr, here, eps, base,
-                             buffer, KT, NB, STREAM, ASM, W)  # fmt: skip
+                             buffer, lanes, KT, NB, STREAM, ASM, W)  # fmt: skip
             if PHASE == -1 or PHASE == 5:
                 if pid < BANDS:
                     prefetch(down_w_ptr, after * DOWN_WORDS + pid * (KT_FF * 288), KT_FF * 1152,
                              more, c, BULK)  # fmt: skip
                     _down(pid, down_w_ptr + i * DOWN_WORDS, act_ptr, h_ptr, x_ptr, here, here + 1,
-                          base + other, buffer, KT_FF, STREAM, ASM, W)  # fmt: skip
+                          base + other, buffer, lanes, KT_FF, STREAM, ASM, W)  # fmt: skip
             i += 1
         if PHASE == -1 or PHASE == 6:
             _head(pid, head_w_ptr, x_ptr, final_gain_ptr, logits_ptr, best_ptr, tag + L, eps,
-                  base, buffer + 8192, P, V, KT, STORE, STREAM, ASM, W)  # fmt: skip
+                  base, buffer + 8192, lanes, P, V, KT, STORE, STREAM, ASM, W)  # fmt: skip
         step += 1
     if PHASE == -1 or PHASE == 7:
         if pid == 0:
@@ -608,6 +614,7 @@ class PersistentDecoder:
         self._attention = words(max(parts, 8), c.num_heads, c.head_dim // 2)
         self._lse = words(max(parts, 8), c.num_heads)
         self._act = words(c.intermediate_size // 2)
+        self._zeros = torch.zeros(1 << 13, dtype=torch.int32, device=device)
         self._gains = tuple(
             g.to(torch.float16).contiguous().view(torch.int32)
             for g in (weights.attention_gain, weights.feed_forward_gain, weights.final_gain)
@@ -676,7 +683,7 @@ class PersistentDecoder:
             w.embedding, w.qkv, w.output, w.gate_up, w.down, w.head, attention_gain,
             feed_forward_gain, final_gain, w.query_gain, w.key_gain, w.cos, w.sin, keys, values,
             tokens, position, out_tokens, logits, self.best, self.epoch, self._h, self._x,
-            self._x_ff, self._qkv, self._attention, self._lse, self._act, self.max_seq_len,
+            self._x_ff, self._qkv, self._attention, self._lse, self._act, self._zeros, self.max_seq_len,
             w.config.rms_norm_eps, layer, steps, int(feedback), PHASE=phase, STORE=store,
             **self._constants, **options,
         )  # fmt: skip
