@@ -47,22 +47,25 @@ _PATIENCE = 1 << 19
 HALF = 65504.0
 """The largest float16."""
 
+import os
+SPIN_ONE = bool(int(os.environ.get("SPIN_ONE", "0")))
 BUFFER_BYTES = 16384
 """Shared memory of `tags_base`."""
 
 
-def _poll(loads: list[str], tags: list[str], tag: str) -> list[str]:
-    """PTX that repeats the loads until all tags are right."""
-    lines = [".reg .pred p;", ".reg .u32 n;", "mov.u32 n, 0;", "again:", *loads]
+def _poll(loads: list[str], tags: list[str], tag: str, name: str = "all") -> list[str]:
+    """PTX that repeats the loads until all tags are right. `name` makes its labels unique."""
+    lines = ["{", ".reg .pred p;", ".reg .u32 n;", "mov.u32 n, 0;", f"{name}_again:", *loads]
     lines.append(f"setp.ne.b32 p, {tags[0]}, {tag};")
     lines += [f"setp.ne.or.b32 p, {t}, {tag}, p;" for t in tags[1:]]
     lines += [
-        "@!p bra done;",
+        f"@!p bra {name}_done;",
         "add.u32 n, n, 1;",
         f"setp.lt.u32 p, n, {_PATIENCE};",
-        "@p bra again;",
+        f"@p bra {name}_again;",
         "trap;",
-        "done:",
+        f"{name}_done:",
+        "}",
         "bar.warp.sync -1;",
     ]
     return lines
@@ -97,6 +100,8 @@ def _inputs_asm(num_tiles: int, *, gain: bool) -> str:
     lines = ["{", *_registers(num_tiles), ".reg .f32 q, f; .reg .b16 x, y;"]
     asks = [_two(k, f"${address + 4 * k}") for k in tiles]
     loads = [ask[0] for ask in asks] + [line for ask in asks for line in ask[1:]]
+    if SPIN_ONE and num_tiles > 1:
+        lines += _poll(asks[0], ["s0", "t0"], f"${tag}", "first")
     lines += _poll(loads, [f"{c}{k}" for k in tiles for c in "st"], f"${tag}")
     lines.append("mov.f32 q, 0f00000000;")
     if gain:
@@ -145,7 +150,9 @@ def attention_asm(head_dim: int, num_heads: int, num_sets: int) -> tuple[str, st
                 k = (number * words + i) * 2 + half
                 loads += _two(k, f"${address}+{row * head_dim * 4 + i * 128 + half * 16}")
                 tags += [f"s{k}", f"t{k}"]
-    # All loads before the first look at a result.
+    # One word until it is there, since many readers of many words would hold up the writers; then
+    # all loads before the first look at a result.
+    lines += _poll(loads[:2], tags[:1], f"${address + 8}", "first")
     asks = [x for x in loads if x.startswith("ld")]
     lines += _poll(asks + [x for x in loads if not x.startswith("ld")], tags, f"${address + 8}")
     for number in range(len(pieces)):
@@ -172,6 +179,39 @@ _SHARED_ASM = "\n".join(
 _KEYS_ASM = "\n".join(
     ["{", *_registers(1), *_poll(_two(0, "$2"), ["s0", "t0"], "$3")]
     + ["mov.b32 $0, a0;", "mov.b32 $1, b0;", "}"]
+)
+def _rows_asm(num_warps: int) -> str:
+    """PTX that adds up the warps' row pairs and their sums of squares, for lanes that are asked.
+
+    Operands: low, high, total; address of the pair in warp 0, of the first sum, whether asked.
+    """
+    warps = range(num_warps)
+    lines = ["{", ".reg .pred p;", f".reg .f32 x<{num_warps}>, y<{num_warps}>, z<{num_warps}>;"]
+    lines += ["setp.ne.u32 p, $5, 0;", "mov.f32 $0, 0f00000000;", "mov.f32 $1, 0f00000000;"]
+    lines += ["mov.f32 $2, 0f00000000;", "@!p bra out;"]
+    lines += [f"ld.shared.v2.f32 {{x{w}, y{w}}}, [$3+{64 * w}];" for w in warps]
+    for w in range(0, num_warps, 4):
+        four = ", ".join(f"z{w + i}" for i in range(4))
+        lines.append(f"ld.shared.v4.f32 {{{four}}}, [$4+{4 * w}];")
+    width = num_warps
+    while width > 1:
+        width //= 2
+        lines += [f"add.f32 {c}{w}, {c}{w}, {c}{w + width};" for c in "xyz" for w in range(width)]
+    lines += ["mov.f32 $0, x0;", "mov.f32 $1, y0;", "mov.f32 $2, z0;", "out:", "}"]
+    return "\n".join([*lines, "bar.warp.sync -1;"])
+
+
+_SHARE_ROWS = (
+    "{ .reg .pred p; setp.ne.u32 p, $12, 0; @p st.shared.v2.f32 [$8], {$4, $6};"
+    " mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; }"
+)
+_SHARE_ONE = (
+    "{ .reg .pred p; setp.ne.u32 p, $12, 0; @p st.shared.f32 [$8], $4;"
+    " mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; }"
+)
+_SHARE_FOUR = (
+    "{ .reg .pred p; setp.ne.u32 p, $12, 0; @p st.shared.v4.f32 [$8], {$4, $5, $6, $7};"
+    " mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; }"
 )
 _PUT_FLOAT = (
     "{ .reg .pred p; .reg .b64 w; setp.ne.u32 p, $4, 0; mov.b64 w, {$2, $3};"
@@ -208,6 +248,13 @@ if hasattr(tl, "dot"):
     PLAIN_3_CONSTRAINTS = tl.constexpr(_inputs_constraints(3, gain=False))
     PLAIN_4 = tl.constexpr(_inputs_asm(4, gain=False))
     PLAIN_4_CONSTRAINTS = tl.constexpr(_inputs_constraints(4, gain=False))
+    ROWS_4 = tl.constexpr(_rows_asm(4))
+    ROWS_8 = tl.constexpr(_rows_asm(8))
+    ROWS_16 = tl.constexpr(_rows_asm(16))
+    SHARE_ROWS = tl.constexpr(_SHARE_ROWS)
+    SHARE_ONE = tl.constexpr(_SHARE_ONE)
+    SHARE_FOUR = tl.constexpr(_SHARE_FOUR)
+    SHARE_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,f,f,f,f,r,r,r,r,r,r,r,r")
     SHARED = tl.constexpr(_SHARED_ASM)
     KEYS = tl.constexpr(_KEYS_ASM)
     PUT_FLOAT = tl.constexpr(_PUT_FLOAT)
@@ -436,6 +483,75 @@ def shared_inputs(x_ptr, g_ptr, buffer, kt, e, ASM: tl.constexpr):
 
 
 @jit()
+def share_rows(base, band, acc, lanes, ASM: tl.constexpr, W: tl.constexpr):
+    """Leave the 16 rows of token 0 of each warp's result in shared memory, as band `band`."""
+    if ASM:
+        to = base + band * (W * 64 + 64) + lanes // 128 * 64 + lanes // 16 % 8 * 8
+        tl.inline_asm_elementwise(
+            SHARE_ROWS, SHARE_CONSTRAINTS, [acc, to, (lanes // 4 % 4 == 0).to(tl.int32)],
+            dtype=tl.int32, is_pure=False, pack=4,
+        )  # fmt: skip
+
+
+@jit()
+def share_sum(base, BANDS: tl.constexpr, squares, lanes, ASM: tl.constexpr, W: tl.constexpr):
+    """Leave each warp's sum of squares behind `BANDS` bands of rows."""
+    if ASM:
+        to = base + BANDS * (W * 64 + 64) + lanes // 128 * 4
+        tl.inline_asm_elementwise(
+            SHARE_ONE, SHARE_CONSTRAINTS, [squares, to, (lanes % 128 < 4).to(tl.int32)],
+            dtype=tl.int32, is_pure=False, pack=4,
+        )  # fmt: skip
+
+
+@jit()
+def rows_of(base, accs, squares, band, row, BANDS: tl.constexpr, COUNT: tl.constexpr,
+            ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
+    """Sums over the warps for the first COUNT elements of band and row (0 to 7), [T] each.
+
+    Returns row `row`, row `row + 8` and the sum of squares. `share_rows` and `share_sum` have been
+    given accs and squares, and `tl.debug_barrier` came after.
+    """
+    if ASM:
+        code: tl.constexpr = ROWS_4 if W == 4 else ROWS_8 if W == 8 else ROWS_16
+        c = tl.arange(0, W * 32)
+        low, high, total = tl.inline_asm_elementwise(
+            code, "=f,=f,=f,r,r,r",
+            [base + band * (W * 64 + 64) + row * 8, base + BANDS * (W * 64 + 64) + c * 0,
+             (c < (COUNT + 31) // 32 * 32).to(tl.int32)],
+            dtype=(tl.float32, tl.float32, tl.float32), is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        low = tl.zeros(row.shape, tl.float32)
+        high = low
+        for b in tl.static_range(len(accs)):
+            both = tl.sum(tl.reshape(accs[b], [W, 128]), axis=0)
+            low = tl.where(band == b, tl.gather(both, row * 16, 0), low)
+            high = tl.where(band == b, tl.gather(both, row * 16 + 2, 0), high)
+        total = tl.zeros_like(low) + tl.sum(squares, axis=0) / 128
+    return low, high, total
+
+
+@jit()
+def put_shared(base, index, value, ok, ASM: tl.constexpr):
+    """Leave float32 values, four of a thread side by side, in shared memory."""
+    if ASM:
+        tl.inline_asm_elementwise(
+            SHARE_FOUR, SHARE_CONSTRAINTS, [value, base + index * 4, ok.to(tl.int32)],
+            dtype=tl.int32, is_pure=False, pack=4,
+        )  # fmt: skip
+
+
+@jit()
+def four_shared(base, index):
+    """Float32 numbers `index`, `index` + 1, ... of shared memory, four of a thread side by side."""
+    return tl.inline_asm_elementwise(
+        "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,r,r,r,r", [base + index * 4],
+        dtype=tl.float32, is_pure=False, pack=4,
+    )  # fmt: skip
+
+
+@jit()
 def poll_to_shared(ptr, to, tag, ASM: tl.constexpr):
     """Two words for each element of ptr, to two float32 of shared memory."""
     if ASM:
@@ -453,15 +569,13 @@ def poll_to_shared(ptr, to, tag, ASM: tl.constexpr):
 def shared_float(base, index, word_ptr, ASM: tl.constexpr):
     """Float32 number `index` of shared memory; without ASM the one in the word at word_ptr."""
     if ASM:
-        return tl.inline_asm_elementwise(
-            "ld.shared.f32 $0, [$1];",
-            "=f,r",
-            [base + index * 4],
-            dtype=tl.float32,
-            is_pure=False,
-            pack=1,
-        )
-    return _data(word_ptr, index >= 0).to(tl.float32, bitcast=True)
+        value = tl.inline_asm_elementwise(
+            "ld.shared.f32 $0, [$1];", "=f,r", [base + index * 4],
+            dtype=tl.float32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        value = _data(word_ptr, index >= 0).to(tl.float32, bitcast=True)
+    return value
 
 
 @jit()

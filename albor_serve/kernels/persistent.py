@@ -48,6 +48,7 @@ from albor_serve.kernels.core import (
 from albor_serve.kernels.exchange import (
     attention_asm,
     fence,
+    four_shared,
     lanes_of,
     load_gains,
     poll_attention,
@@ -59,7 +60,11 @@ from albor_serve.kernels.exchange import (
     put_halves,
     put_key,
     put_pairs,
+    put_shared,
+    rows_of,
     share_inputs,
+    share_rows,
+    share_sum,
     shared_float,
     shared_inputs,
     tags_base,
@@ -125,16 +130,14 @@ def _qkv(pid, w_ptr, x_ptr, g_ptr, qkv_ptr, tag, eps, base, buffer, lanes, KT: t
     gains = load_gains(g_ptr, e, KT, W)
     xs, squares = poll_inputs(x_ptr, g_ptr, gains, tag, buffer, lanes, KT, True, ASM, W)
     acc = product(tiles, xs, 0.0, 0, KPW, False, ASM, W)
-    share(base, 0, acc, e, ASM, W)
-    share(base, 1, squares, e, ASM, W)
+    share_rows(base, 0, acc, lanes, ASM, W)
+    share_sum(base, 1, squares, lanes, ASM, W)
     tl.debug_barrier()
     c = tl.arange(0, W * 32)
-    row = c % 16
-    y = across_warps(base, (acc, squares), c * 0, result_index(row, c * 0), ASM, W)
-    total = across_warps(base, (acc, squares), c * 0 + 1, c * 0, ASM, W)
+    low, high, total = rows_of(base, (acc,), squares, c * 0, c % 8, 1, 16, ASM, W)
     inverse = tl.rsqrt(total / (KT * 128) + eps / 256.0)
-    y = y * tl.where(row < 8, inverse, inverse * 0.0625)
-    put_float(qkv_ptr + pid * 16 + row, y, tag, c < 16, ASM)
+    y = tl.where(c % 16 < 8, low, high * 0.0625) * inverse
+    put_float(qkv_ptr + pid * 16 + c % 16, y, tag, c < 16, ASM)
 
 
 @jit()
@@ -231,35 +234,61 @@ def _attention(kv_head, split, qkv_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, qn_ptr, 
     best = tl.max(top, axis=0)
     shrink = tl.exp2(top - best[None, :])
     total = tl.sum(weight * shrink, axis=0)
-    some = total > 0.0
-    inverse = tl.where(some, 1.0 / tl.where(some, total, 1.0), 0.0)
-    lse = tl.where(some, best + tl.log2(tl.where(some, total, 1.0)), -1.0e30)
-    o_low = tl.sum(o_low * shrink[:, :, None], axis=0)[None, :, :] * inverse[None, :][:, :, None]
-    o_high = tl.sum(o_high * shrink[:, :, None], axis=0)[None, :, :] * inverse[None, :][:, :, None]
-    to = (split * PARTS + i // GP) * H + kv_head * G + i % GP
-    once = (i % GP < G) & (r == 0) & (d2 >= 0)
     whole: tl.constexpr = [RL, QH, half]
+    shrink3 = shrink[:, :, None]
+    o_low = tl.broadcast_to(tl.sum(o_low * shrink3, axis=0)[None, :, :], whole)
+    o_high = tl.broadcast_to(tl.sum(o_high * shrink3, axis=0)[None, :, :], whole)
+    best = tl.broadcast_to(best[None, :][:, :, None], whole)
+    total = tl.broadcast_to(total[None, :][:, :, None], whole)
+    if ASM and PARTS > 1:
+        # The parts of this program become one.
+        merge = shared + COUNT * 4
+        ROW: tl.constexpr = D + 8
+        mine = i * ROW + at
+        once = (r == 0) & (d2 >= 0) & (i >= 0)
+        put_shared(merge, mine, o_low, once, ASM)
+        put_shared(merge, mine + half, o_high, once, ASM)
+        put_shared(merge, i * ROW + D + at * 0, tl.where(at % 4 == 0, best, total),
+                   once & (d2 < 4), ASM)  # fmt: skip
+        tl.debug_barrier()
+        top3 = tl.full(whole, -1.0e30, tl.float32)
+        for part in tl.static_range(PARTS):
+            row = (i % GP + part * GP) * ROW + D + at * 0
+            top3 = tl.maximum(top3, shared_float(merge, row, merge, ASM))
+        o_low = tl.zeros(whole, tl.float32)
+        o_high = tl.zeros(whole, tl.float32)
+        total = tl.zeros(whole, tl.float32)
+        for part in tl.static_range(PARTS):
+            row = (i % GP + part * GP) * ROW + at * 0
+            factor = tl.exp2(shared_float(merge, row + D, merge, ASM) - top3)
+            total += factor * shared_float(merge, row + D + 1, merge, ASM)
+            o_low += factor * four_shared(merge, row + at)
+            o_high += factor * four_shared(merge, row + at + half)
+        best = top3
+    some = total > 0.0
+    safe = tl.where(some, total, 1.0)
+    inverse = tl.where(some, 1.0 / safe, 0.0)
+    lse = tl.where(some, best + tl.log2(safe), -1.0e30)
+    if ASM:
+        to = split * H + kv_head * G + i % GP
+        once = (i < G) & (r == 0) & (d2 >= 0)
+    else:
+        to = (split * PARTS + i // GP) * H + kv_head * G + i % GP
+        once = (i % GP < G) & (r == 0) & (d2 >= 0)
     word = to * half + d2 // 2 + zero
-    put_pairs(att_ptr + word, tl.broadcast_to(o_low, whole), tag, once, d2 + zero, ASM)
-    put_pairs(att_ptr + word + half // 2, tl.broadcast_to(o_high, whole), tag, once, d2 + zero,
-              ASM)  # fmt: skip
-    put_float(lse_ptr + to + d2 * 0 + zero, tl.broadcast_to(lse[None, :][:, :, None], whole), tag,
-              once & (d2 == 0), ASM)  # fmt: skip
-    if split == 0:
-        # What other programs load in later tokens must be seen by them before they see that this
-        # program went on.
-        fence(ASM)
+    put_pairs(att_ptr + word, o_low * inverse, tag, once, d2 + zero, ASM)
+    put_pairs(att_ptr + word + half // 2, o_high * inverse, tag, once, d2 + zero, ASM)
+    put_float(lse_ptr + to + d2 * 0 + zero, lse, tag, once & (d2 == 0), ASM)
 
 
 @jit()
 def _add_band(base, acc, h_ptr, h, x_ptr, pid, tag, ASM: tl.constexpr, W: tl.constexpr):
     """Add a band's shared results to h; keep it and publish its x."""
     c = tl.arange(0, W * 32)
-    row = c % 16
-    y = across_warps(base, (acc,), c * 0, result_index(row, c * 0), ASM, W)
-    h = h + tl.where(row < 8, y, y * 0.0625)
+    low, high, _total = rows_of(base, (acc,), acc, c * 0, c % 8, 1, 16, ASM, W)
+    h = h + tl.where(c % 16 < 8, low, high * 0.0625)
     _put_x(x_ptr, h, pid, c, tag, ASM)
-    tl.store(h_ptr + pid * 16 + row, h, mask=c < 16)
+    tl.store(h_ptr + pid * 16 + c % 16, h, mask=c < 16)
 
 
 @jit()
@@ -305,7 +334,7 @@ def _output(pid, w_ptr, att_ptr, lse_ptr, h_ptr, x_ptr, tag, base, lanes, KT: tl
         acc = mma_tile(tiles[3 * q], tiles[3 * q + 1], tiles[3 * q + 2],
                        (xs[0], xs[1], xs[2], xs[3]), acc, 0.0, True, ASM, W)  # fmt: skip
     acc = sum_columns(acc, 1, ASM, W)
-    share(base, 0, acc, e, ASM, W)
+    share_rows(base, 0, acc, lanes, ASM, W)
     tl.debug_barrier()
     _add_band(base, acc, h_ptr, h, x_ptr, pid, tag, ASM, W)
 
@@ -322,17 +351,14 @@ def _gate_up(pid, w_ptr, x_ptr, g_ptr, act_ptr, tag, eps, base, buffer, lanes, K
     accs = ()
     for b in tl.static_range(NB):
         acc = product(tiles, xs, 0.0, b, KPW, False, ASM, W)
-        share(base, b, acc, e, ASM, W)
+        share_rows(base, b, acc, lanes, ASM, W)
         accs = accs + (acc,)  # noqa: RUF005
-    share(base, NB, squares, e, ASM, W)
-    accs = accs + (squares,)  # noqa: RUF005
+    share_sum(base, NB, squares, lanes, ASM, W)
     tl.debug_barrier()
     c = tl.arange(0, W * 32)
     which = tl.minimum(c // 8, NB - 1)
     row = c % 8
-    gate = across_warps(base, accs, which, result_index(row, c * 0), ASM, W)
-    up = across_warps(base, accs, which, result_index(row + 8, c * 0), ASM, W)
-    total = across_warps(base, accs, c * 0 + NB, c * 0, ASM, W)
+    gate, up, total = rows_of(base, accs, squares, which, row, NB, NB * 8, ASM, W)
     inverse = tl.rsqrt(total / (KT * 128) + eps / 256.0)
     act = silu(gate * inverse) * (up * (inverse * 0.0625))
     act = tl.minimum(tl.maximum(act, -65504.0), 65504.0)
@@ -349,7 +375,7 @@ def _down(pid, w_ptr, act_ptr, h_ptr, x_ptr, tag, next_tag, base, buffer, lanes,
     h = tl.load(h_ptr + pid * 16 + c % 16)
     xs, _squares = poll_inputs(act_ptr, act_ptr, (), tag, buffer, lanes, KT, False, ASM, W)
     acc = product(tiles, xs, 0.0, 0, KPW, False, ASM, W)
-    share(base, 0, acc, e, ASM, W)
+    share_rows(base, 0, acc, lanes, ASM, W)
     tl.debug_barrier()
     _add_band(base, acc, h_ptr, h, x_ptr, pid, next_tag, ASM, W)
 
@@ -370,6 +396,8 @@ def _head(pid, w_ptr, x_ptr, g_ptr, logits_ptr, keys_ptr, tag, eps, base, buffer
     for k in tl.static_range(AHEAD):
         tiles = tiles + load_tile(w_ptr, tl.minimum(band, BANDS - 1) * KT + k, e, STREAM)
     gains = load_gains(g_ptr, e, KT, W)
+    # Keys and values that this program stored are there before any token after this one begins.
+    fence(ASM)
     squares = share_inputs(x_ptr, g_ptr, gains, tag, buffer, lanes, KT, ASM, W)
     share(base, 0, squares, e, ASM, W)
     tl.debug_barrier()
@@ -422,11 +450,12 @@ def step_kernel(embedding_ptr, qkv_w_ptr, output_w_ptr, gate_up_w_ptr, down_w_pt
     lanes = lanes_of(zeros_ptr, W * 128)
     # Results of neighbouring parts lie in different shared memory: a warp may be ahead of another
     # by less than one part.
-    other: tl.constexpr = (NB + 1) * W * 512
+    other: tl.constexpr = 12288
     BANDS: tl.constexpr = KT * 8
     QKV_BANDS: tl.constexpr = (H + 2 * HKV) * D // 16
     GATE_PROGRAMS: tl.constexpr = KT_FF * 16 // NB
-    PARTS: tl.constexpr = QH // GP
+    # Without assembly a program's parts stay apart.
+    PIECES: tl.constexpr = S if ASM else S * (QH // GP)
     QKV_WORDS: tl.constexpr = QKV_BANDS * KT * 288
     OUTPUT_WORDS: tl.constexpr = BANDS * KT_O * 288
     GATE_WORDS: tl.constexpr = KT_FF * 16 * KT * 288
@@ -461,10 +490,12 @@ def step_kernel(embedding_ptr, qkv_w_ptr, output_w_ptr, gate_up_w_ptr, down_w_pt
                     _qkv(pid, qkv_w_ptr + i * QKV_WORDS, x_ptr, attention_gain_ptr + i * (KT * 64),
                          qkv_ptr, here, eps, base, buffer, lanes, KT, STREAM, ASM, W)  # fmt: skip
             if PHASE == -1 or PHASE == 2:
-                if pid < HKV * S:
-                    kv_head = pid % HKV
+                # The last programs: the first have a band of h, and wait for what comes next.
+                number = P - 1 - pid
+                if number < HKV * S:
+                    kv_head = number % HKV
                     cache = (i * HKV + kv_head) * max_len * D
-                    _attention(kv_head, pid // HKV, qkv_ptr, keys_ptr + cache, values_ptr + cache,
+                    _attention(kv_head, number // HKV, qkv_ptr, keys_ptr + cache, values_ptr + cache,
                                cos_ptr, sin_ptr, query_gain_ptr + i * D, key_gain_ptr + i * D,
                                zeros_ptr, att_ptr, lse_ptr, pos, here, max_len, eps, buffer, H, HKV, D, GP,
                                QH, RL, NR, S, QK_NORM, ASM, W)  # fmt: skip
@@ -473,7 +504,7 @@ def step_kernel(embedding_ptr, qkv_w_ptr, output_w_ptr, gate_up_w_ptr, down_w_pt
                     prefetch(output_w_ptr, after * OUTPUT_WORDS + pid * (KT_O * 288), KT_O * 1152,
                              more, c, BULK)  # fmt: skip
                     _output(pid, output_w_ptr + i * OUTPUT_WORDS, att_ptr, lse_ptr, h_ptr,
-                            x_ff_ptr, here, base + other, lanes, KT_O, H, D, S * PARTS, CODE, CONSTRAINTS,
+                            x_ff_ptr, here, base + other, lanes, KT_O, H, D, PIECES, CODE, CONSTRAINTS,
                             STREAM, ASM, W)  # fmt: skip
             if PHASE == -1 or PHASE == 4:
                 if pid < GATE_PROGRAMS:
@@ -599,7 +630,7 @@ class PersistentDecoder:
         self.max_seq_len = keys.shape[2]
         group = 1 << (c.num_heads // c.num_kv_heads - 1).bit_length()
         self._query_rows = max(group, plan.num_warps)
-        parts = plan.num_splits * (self._query_rows // group)
+        parts = plan.num_splits * (1 if plan.asm else self._query_rows // group)
         q_rows = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
 
         def words(*shape: int) -> torch.Tensor:
