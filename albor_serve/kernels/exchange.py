@@ -124,37 +124,43 @@ def _inputs_constraints(num_tiles: int, *, gain: bool) -> str:
     return ",".join(parts + ["r"] * (4 * num_tiles if gain else 0))
 
 
-def attention_asm(head_dim: int, num_heads: int, num_sets: int) -> tuple[str, str]:
+def attention_asm(head_dim: int, num_heads: int, num_parts: int) -> tuple[str, str]:
     """PTX and constraints of `poll_attention` for one tile of 128 columns.
 
-    Operands: for each head of the tile and each set of eight splits 4 · head_dim / 32 words of
-    values, then for each the split's weight 4 times; then the address of the lane's first value (4),
-    of its first weight (4), and 4 tags.
+    Operands: for each head of the tile and each set of eight parts 4 · head_dim / 32 words of
+    values, then for each the part's weight 4 times; then the address of the lane's first value (4),
+    of its first weight (4), 4 tags and 4 times the lane's part in the first set.
     """
-    heads, words = 128 // head_dim, head_dim // 32
+    heads, words, num_sets = 128 // head_dim, head_dim // 32, -(-num_parts // 8)
     pieces = [(h, a) for h in range(heads) for a in range(num_sets)]
     values = len(pieces) * words * 4
     weights = len(pieces) * 4
     address = values + weights
     count = len(pieces) * words * 2
-    lines = ["{", *_registers(count), f".reg .b64 w<{len(pieces)}>;"]
+    lines = ["{", *_registers(count), f".reg .b64 w<{len(pieces)}>; .reg .pred q<{num_sets}>;"]
     lines.append(f".reg .b32 l<{len(pieces)}>, m<{len(pieces)}>;")
-    loads, tags = [], []
+    for a in range(num_sets):
+        lines.append(f"setp.lt.s32 q{a}, ${address + 12}, {num_parts - 8 * a};")
+    asks, unpacks, tags = [], [], []
     for number, (head, a) in enumerate(pieces):
         row = a * 8 * num_heads + head
-        loads.append(f"ld.relaxed.gpu.global.b64 w{number}, [${address + 4}+{row * 8}];")
-        loads.append(f"mov.b64 {{l{number}, m{number}}}, w{number};")
+        # A lane without a part here keeps zeros of no weight, with the right tag.
+        lines.append(f"mov.b64 w{number}, {{{_NO_WEIGHT}, ${address + 8}}};")
+        asks.append(f"@q{a} ld.relaxed.gpu.global.b64 w{number}, [${address + 4}+{row * 8}];")
+        unpacks.append(f"mov.b64 {{l{number}, m{number}}}, w{number};")
         tags.append(f"m{number}")
         for i in range(words):
             for half in range(2):
                 k = (number * words + i) * 2 + half
-                loads += _two(k, f"${address}+{row * head_dim * 4 + i * 128 + half * 16}")
+                ask, *unpack = _two(k, f"${address}+{row * head_dim * 4 + i * 128 + half * 16}")
+                lines.append(f"mov.b64 u{k}, {{0, ${address + 8}}}; mov.b64 v{k}, u{k};")
+                asks.append(f"@q{a} {ask}")
+                unpacks += unpack
                 tags += [f"s{k}", f"t{k}"]
     # One word until it is there, since many readers of many words would hold up the writers; then
     # all loads before the first look at a result.
-    lines += _poll(loads[:2], tags[:1], f"${address + 8}", "first")
-    asks = [x for x in loads if x.startswith("ld")]
-    lines += _poll(asks + [x for x in loads if not x.startswith("ld")], tags, f"${address + 8}")
+    lines += _poll([asks[0], unpacks[0]], tags[:1], f"${address + 8}", "first")
+    lines += _poll(asks + unpacks, tags, f"${address + 8}")
     for number in range(len(pieces)):
         for i in range(words):
             for c in range(4):
@@ -162,8 +168,12 @@ def attention_asm(head_dim: int, num_heads: int, num_sets: int) -> tuple[str, st
                 out = (number * words + i) * 4 + c
                 lines.append(f"mov.b32 ${out}, {'ab'[c % 2]}{k};")
         lines += [f"mov.b32 ${values + 4 * number + c}, l{number};" for c in range(4)]
-    constraints = ["=r"] * values + ["=f"] * weights + ["l"] * 8 + ["r"] * 4
+    constraints = ["=r"] * values + ["=f"] * weights + ["l"] * 8 + ["r"] * 8
     return "\n".join([*lines, "}"]), ",".join(constraints)
+
+
+_NO_WEIGHT = "0xf149f2ca"
+"""-1e30, the logarithm of no weight, as a float32's bits."""
 
 
 _SHARED_ASM = "\n".join(
@@ -579,7 +589,7 @@ def shared_float(base, index, word_ptr, ASM: tl.constexpr):
 
 
 @jit()
-def poll_attention(att_ptr, lse_ptr, tag, split, e, first_head, H: tl.constexpr, D: tl.constexpr, SETS: tl.constexpr, CODE: tl.constexpr,
+def poll_attention(att_ptr, lse_ptr, tag, split, e, first_head, NP: tl.constexpr, H: tl.constexpr, D: tl.constexpr, SETS: tl.constexpr, CODE: tl.constexpr,
                    CONSTRAINTS: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
     """One tile's attention outputs: for each of its heads and each set of eight splits D / 32
     int32 [4 T] of values and a float32 [4 T] weight, as two tuples.
@@ -596,14 +606,16 @@ def poll_attention(att_ptr, lse_ptr, tag, split, e, first_head, H: tl.constexpr,
         for h in tl.static_range(HEADS):
             for a in tl.static_range(SETS):
                 at = row + a * 8 * H + h
-                log = _data(lse_ptr + at, e >= 0).to(tl.float32, bitcast=True)
+                ok = split + a * 8 < NP
+                log = _data(lse_ptr + at, ok).to(tl.float32, bitcast=True)
+                log = tl.where(ok, log, -1.0e30)
                 logs = logs + (log,)  # noqa: RUF005
                 for i in tl.static_range(WORDS):
-                    word = _data(att_ptr + at * (D // 2) + i * 16 + e // 4 % 4 * 4 + e % 4, e >= 0)
+                    word = _data(att_ptr + at * (D // 2) + i * 16 + e // 4 % 4 * 4 + e % 4, ok)
                     values = values + (word,)  # noqa: RUF005
     else:
         address = (att_ptr + row * (D // 2) + e // 4 % 4 * 4).to(tl.int64)
-        inputs = [address, (lse_ptr + row).to(tl.int64), tag + e * 0]
+        inputs = [address, (lse_ptr + row).to(tl.int64), tag + e * 0, split + e * 0]
         if HEADS * SETS == 1:
             tl.static_assert(WORDS == 4)
             r = tl.inline_asm_elementwise(

@@ -98,15 +98,17 @@ _END: Final = 7
 
 
 @jit()
-def _put_x(x_ptr, h, band, c, tag, ASM: tl.constexpr):
-    """Publish a band of h [T], rows first, as float16 sixteenths."""
+def _put_x(x_ptr, h, band, c, tag, WORDS: tl.constexpr, COPIES: tl.constexpr, ASM: tl.constexpr):
+    """Publish a band of h [T], rows first, as float16 sixteenths; the copies lie WORDS apart."""
     value = tl.minimum(tl.maximum(h * 0.0625, -65504.0), 65504.0)
-    put_halves(x_ptr + band * 8 + c % 16 // 2, value, tag, c < 16, ASM)
+    at = x_ptr + band * 8 + c % 16 // 2
+    for n in tl.static_range(COPIES):
+        put_halves(at + n * WORDS, value, tag, c < 16, ASM)
 
 
 @jit()
 def _embed(pid, w_ptr, keys_ptr, tokens_ptr, out_ptr, h_ptr, x_ptr, pos, tag, feedback,
-           P: tl.constexpr, KT: tl.constexpr, NK: tl.constexpr, ASM: tl.constexpr,
+           P: tl.constexpr, KT: tl.constexpr, NK: tl.constexpr, COPIES: tl.constexpr, ASM: tl.constexpr,
            W: tl.constexpr):  # fmt: skip
     c = tl.arange(0, W * 32)
     token = tl.load(tokens_ptr)
@@ -118,7 +120,7 @@ def _embed(pid, w_ptr, keys_ptr, tokens_ptr, out_ptr, h_ptr, x_ptr, pos, tag, fe
     row = c % 16
     h = embed_at(w_ptr, token + c * 0, pid * 16 + row, KT, c >= 0)
     tl.store(h_ptr + pid * 16 + row, h, mask=c < 16)
-    _put_x(x_ptr, h, pid, c, tag, ASM)
+    _put_x(x_ptr, h, pid, c, tag, KT * 64, COPIES, ASM)
 
 
 @jit()
@@ -141,12 +143,92 @@ def _qkv(pid, w_ptr, x_ptr, g_ptr, qkv_ptr, tag, eps, base, buffer, lanes, KT: t
 
 
 @jit()
-def _attention(kv_head, split, qkv_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, qn_ptr, kn_ptr, zeros_ptr,
+def _share_group(kv_head, qkv_ptr, tag, shared, H: tl.constexpr, HKV: tl.constexpr,
+                 D: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
+    """A group's queries, its key and its value, side by side in shared memory."""
+    G: tl.constexpr = H // HKV
+    COUNT: tl.constexpr = (G + 2) * D
+    c = tl.arange(0, W * 32)
+    for n in tl.static_range((COUNT // 2 + W * 32 - 1) // (W * 32)):
+        u = tl.minimum(c * 2 + n * (W * 64), COUNT - 2)
+        source = tl.where(u < G * D, kv_head * G * D + u,
+                          tl.where(u < (G + 1) * D, (H + kv_head) * D + u - G * D,
+                                   (H + HKV + kv_head) * D + u - (G + 1) * D))  # fmt: skip
+        poll_to_shared(qkv_ptr + source, shared + u * 4, tag, ASM)
+    tl.debug_barrier()
+
+
+@jit()
+def _query(q_ptr, shared, at, cos, sin, gain_low, gain_high, eps, D: tl.constexpr,
+           QK_NORM: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    """Queries, rotated, times log2(e) / sqrt(D): two halves."""
+    half: tl.constexpr = D // 2
+    low = shared_float(shared, at, q_ptr + at, ASM)
+    high = shared_float(shared, at + half, q_ptr + at + half, ASM)
+    if QK_NORM:
+        low, high = head_norm(low, high, gain_low, gain_high, eps, D)
+    low, high = rotate(low, high, cos, sin)
+    scale = 1.4426950408889634 / tl.sqrt(tl.full([1, 1, 1], D, tl.float32))
+    return low * scale, high * scale
+
+
+@jit()
+def _attend_new(kv_head, qkv_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, qn_ptr, kn_ptr, zeros_ptr,
+                att_ptr, lse_ptr, pos, tag, eps, shared, H: tl.constexpr, HKV: tl.constexpr,
+                D: tl.constexpr, GP: tl.constexpr, RL: tl.constexpr, QH: tl.constexpr,
+                QK_NORM: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
+    """What the new token sees of itself, as part 0; and its key and value for the cache."""
+    half: tl.constexpr = D // 2
+    G: tl.constexpr = H // HKV
+    r = tl.arange(0, RL)[:, None, None]
+    i = tl.arange(0, QH)[None, :, None]
+    d2 = tl.arange(0, half)[None, None, :]
+    zero = r * 0 + i * 0
+    at = d2 + zero
+    cos = tl.load(cos_ptr + pos * half + at)
+    sin = tl.load(sin_ptr + pos * half + at)
+    q_gain_low = tl.load(qn_ptr + at)
+    q_gain_high = tl.load(qn_ptr + half + at)
+    k_gain_low = tl.load(kn_ptr + at)
+    k_gain_high = tl.load(kn_ptr + half + at)
+    _share_group(kv_head, qkv_ptr, tag, shared, H, HKV, D, ASM, W)
+    plain = at
+    at += tl.load(zeros_ptr + at)
+    q_low, q_high = _query(qkv_ptr + kv_head * G * D, shared, tl.minimum(i % GP, G - 1) * D + at,
+                           cos, sin, q_gain_low, q_gain_high, eps, D, QK_NORM, ASM)  # fmt: skip
+    new_k = qkv_ptr + (H + kv_head) * D + at
+    new_v = qkv_ptr + (H + HKV + kv_head) * D + at
+    k_low = shared_float(shared, G * D + at, new_k, ASM)
+    k_high = shared_float(shared, G * D + half + at, new_k + half, ASM)
+    v_low = shared_float(shared, (G + 1) * D + at, new_v, ASM)
+    v_high = shared_float(shared, (G + 1) * D + half + at, new_v + half, ASM)
+    if QK_NORM:
+        k_low, k_high = head_norm(k_low, k_high, k_gain_low, k_gain_high, eps, D)
+    k_low, k_high = rotate(k_low, k_high, cos, sin)
+    k_low = k_low.to(tl.float16)
+    k_high = k_high.to(tl.float16)
+    s = tl.sum(k_low.to(tl.float32) * q_low + k_high.to(tl.float32) * q_high, axis=2)
+    s = tl.broadcast_to(s[:, :, None], [RL, QH, half])
+    to = kv_head * G + i % GP
+    once = (i < G) & (r == 0) & (d2 >= 0)
+    word = to * half + d2 // 2 + zero
+    put_pairs(att_ptr + word, v_low, tag, once, plain, ASM)
+    put_pairs(att_ptr + word + half // 2, v_high, tag, once, plain, ASM)
+    put_float(lse_ptr + to + plain * 0, s, tag, once & (d2 == 0), ASM)
+    once = (i == 0) & (r == 0) & (d2 >= 0)
+    tl.store(k_ptr + pos * D + plain, k_low, mask=once)
+    tl.store(k_ptr + pos * D + half + plain, k_high, mask=once)
+    tl.store(v_ptr + pos * D + plain, v_low.to(tl.float16), mask=once)
+    tl.store(v_ptr + pos * D + half + plain, v_high.to(tl.float16), mask=once)
+
+
+@jit()
+def _attention(kv_head, split, qkv_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, qn_ptr, zeros_ptr,
                att_ptr, lse_ptr, pos, tag, limit, eps, shared, H: tl.constexpr, HKV: tl.constexpr,
                D: tl.constexpr, GP: tl.constexpr, QH: tl.constexpr, RL: tl.constexpr,
                NR: tl.constexpr, S: tl.constexpr, QK_NORM: tl.constexpr, ASM: tl.constexpr,
                W: tl.constexpr):  # fmt: skip
-    """As `steps.attend_one`, with words for qkv, att and lse."""
+    """As `steps.attend_one` without the new token, with words for qkv, att and lse."""
     half: tl.constexpr = D // 2
     G: tl.constexpr = H // HKV
     PARTS: tl.constexpr = QH // GP
@@ -159,66 +241,19 @@ def _attention(kv_head, split, qkv_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, qn_ptr, 
     at = d2 + zero
     cos = tl.load(cos_ptr + pos * half + at)
     sin = tl.load(sin_ptr + pos * half + at)
-    if QK_NORM:
-        q_gain_low = tl.load(qn_ptr + at)
-        q_gain_high = tl.load(qn_ptr + half + at)
-        k_gain_low = tl.load(kn_ptr + at)
-        k_gain_high = tl.load(kn_ptr + half + at)
+    q_gain_low = tl.load(qn_ptr + at)
+    q_gain_high = tl.load(qn_ptr + half + at)
 
-    # The group's queries, the key and the value, side by side in shared memory.
     COUNT: tl.constexpr = (G + 2) * D
-    c = tl.arange(0, W * 32)
-    for n in tl.static_range((COUNT // 2 + W * 32 - 1) // (W * 32)):
-        u = tl.minimum(c * 2 + n * (W * 64), COUNT - 2)
-        source = tl.where(u < G * D, kv_head * G * D + u,
-                          tl.where(u < (G + 1) * D, (H + kv_head) * D + u - G * D,
-                                   (H + HKV + kv_head) * D + u - (G + 1) * D))  # fmt: skip
-        poll_to_shared(qkv_ptr + source, shared + u * 4, tag, ASM)
-    tl.debug_barrier()
-
-    own = tl.minimum(i % GP, G - 1)
+    _share_group(kv_head, qkv_ptr, tag, shared, H, HKV, D, ASM, W)
     # As in `lanes_of`: the layout of the cache's loads.
-    plain = at
     at += tl.load(zeros_ptr + at)
-    q_at = own * D + at
-    q_from = qkv_ptr + kv_head * G * D
-    q_low = shared_float(shared, q_at, q_from + q_at, ASM)
-    q_high = shared_float(shared, q_at + half, q_from + q_at + half, ASM)
-    if QK_NORM:
-        q_low, q_high = head_norm(q_low, q_high, q_gain_low, q_gain_high, eps, D)
-    q_low, q_high = rotate(q_low, q_high, cos, sin)
-    scale = 1.4426950408889634 / tl.sqrt(tl.full([1, 1, 1], D, tl.float32))
-    q_low = q_low * scale
-    q_high = q_high * scale
-
+    q_low, q_high = _query(qkv_ptr + kv_head * G * D, shared, tl.minimum(i % GP, G - 1) * D + at,
+                           cos, sin, q_gain_low, q_gain_high, eps, D, QK_NORM, ASM)  # fmt: skip
     top = tl.full([RL, QH], -1.0e30, tl.float32)
     weight = tl.zeros([RL, QH], tl.float32)
     o_low = tl.zeros([RL, QH, half], tl.float32)
     o_high = tl.zeros([RL, QH, half], tl.float32)
-    if split == 0:
-        new_k = qkv_ptr + (H + kv_head) * D + at
-        new_v = qkv_ptr + (H + HKV + kv_head) * D + at
-        n_low = shared_float(shared, G * D + at, new_k, ASM)
-        n_high = shared_float(shared, G * D + half + at, new_k + half, ASM)
-        v_low = shared_float(shared, (G + 1) * D + at, new_v, ASM).to(tl.float16)
-        v_high = shared_float(shared, (G + 1) * D + half + at, new_v + half, ASM).to(tl.float16)
-        if QK_NORM:
-            n_low, n_high = head_norm(n_low, n_high, k_gain_low, k_gain_high, eps, D)
-        n_low, n_high = rotate(n_low, n_high, cos, sin)
-        n_low = n_low.to(tl.float16)
-        n_high = n_high.to(tl.float16)
-        once = (i == 0) & (r == 0) & (d2 >= 0)
-        tl.store(k_ptr + pos * D + plain, n_low, mask=once)
-        tl.store(k_ptr + pos * D + half + plain, n_high, mask=once)
-        tl.store(v_ptr + pos * D + plain, v_low, mask=once)
-        tl.store(v_ptr + pos * D + half + plain, v_high, mask=once)
-        s = tl.sum(n_low.to(tl.float32) * q_low + n_high.to(tl.float32) * q_high, axis=2)
-        mine = tl.sum(r + i // GP + d2 * 0, axis=2) == 0
-        top = tl.where(mine, s, top)
-        weight = tl.where(mine, 1.0, 0.0)
-        o_low = tl.where(mine[:, :, None], v_low.to(tl.float32), 0.0)
-        o_high = tl.where(mine[:, :, None], v_high.to(tl.float32), 0.0)
-
     top, weight, o_low, o_high = attend_rows(rows, first, r, pos, q_low, q_high, top, weight,
                                              o_low, o_high, RL, NR)  # fmt: skip
     step: tl.constexpr = S * PARTS * NR * RL
@@ -270,10 +305,10 @@ def _attention(kv_head, split, qkv_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, qn_ptr, 
     inverse = tl.where(some, 1.0 / safe, 0.0)
     lse = tl.where(some, best + tl.log2(safe), -1.0e30)
     if ASM:
-        to = split * H + kv_head * G + i % GP
+        to = (1 + split) * H + kv_head * G + i % GP
         once = (i < G) & (r == 0) & (d2 >= 0)
     else:
-        to = (split * PARTS + i // GP) * H + kv_head * G + i % GP
+        to = (1 + split * PARTS + i // GP) * H + kv_head * G + i % GP
         once = (i % GP < G) & (r == 0) & (d2 >= 0)
     word = to * half + d2 // 2 + zero
     put_pairs(att_ptr + word, o_low * inverse, tag, once, d2 + zero, ASM)
@@ -282,20 +317,21 @@ def _attention(kv_head, split, qkv_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, qn_ptr, 
 
 
 @jit()
-def _add_band(base, acc, h_ptr, h, x_ptr, pid, tag, ASM: tl.constexpr, W: tl.constexpr):
+def _add_band(base, acc, h_ptr, h, x_ptr, pid, tag, WORDS: tl.constexpr, COPIES: tl.constexpr,
+              ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """Add a band's shared results to h; keep it and publish its x."""
     c = tl.arange(0, W * 32)
     low, high, _total = rows_of(base, (acc,), acc, c * 0, c % 8, 1, 16, ASM, W)
     h = h + tl.where(c % 16 < 8, low, high * 0.0625)
-    _put_x(x_ptr, h, pid, c, tag, ASM)
+    _put_x(x_ptr, h, pid, c, tag, WORDS, COPIES, ASM)
     tl.store(h_ptr + pid * 16 + c % 16, h, mask=c < 16)
 
 
 @jit()
 def _output(pid, w_ptr, att_ptr, lse_ptr, h_ptr, x_ptr, tag, base, lanes, KT: tl.constexpr,
             H: tl.constexpr, D: tl.constexpr, NP: tl.constexpr, CODE: tl.constexpr,
-            CONSTRAINTS: tl.constexpr, STREAM: tl.constexpr, ASM: tl.constexpr,
-            W: tl.constexpr):  # fmt: skip
+            CONSTRAINTS: tl.constexpr, DM: tl.constexpr, COPIES: tl.constexpr, STREAM: tl.constexpr,
+            ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
     e = tl.arange(0, W * 128)
     c = tl.arange(0, W * 32)
     KPW: tl.constexpr = (KT + W - 1) // W
@@ -305,22 +341,21 @@ def _output(pid, w_ptr, att_ptr, lse_ptr, h_ptr, x_ptr, tag, base, lanes, KT: tl
     tiles = load_bands(w_ptr, pid, KT, 1, STREAM, e, W)
     h = tl.load(h_ptr + pid * 16 + c % 16)
     n = column_of(lanes)
-    split = tl.minimum(n, NP - 1)
     acc = tl.zeros([W * 128], tl.float32)
     for q in tl.static_range(KPW):
         first_head = tl.minimum(lanes // 128 + q * W, KT - 1) * HEADS
-        values, logs = poll_attention(att_ptr, lse_ptr, tag, split, lanes, first_head, H, D,
+        values, logs = poll_attention(att_ptr, lse_ptr, tag, n, lanes, first_head, NP, H, D,
                                       SETS, CODE, CONSTRAINTS, ASM)  # fmt: skip
         xs = ()
         for part in tl.static_range(HEADS):
-            top = tl.where(n < NP, logs[part * SETS], -1.0e30)
+            top = logs[part * SETS]
             for a in tl.static_range(1, SETS):
                 top = tl.maximum(top, logs[part * SETS + a])
             top = add_lanes(top, True, 1, ASM, W)
             weights = ()
             total = tl.zeros_like(top)
             for a in tl.static_range(SETS):
-                weight = tl.exp2(tl.where(n + 8 * a < NP, logs[part * SETS + a], -1.0e30) - top)
+                weight = tl.exp2(logs[part * SETS + a] - top)
                 total += weight
                 weights = weights + (weight,)  # noqa: RUF005
             inverse = 1.0 / add_lanes(total, False, 1, ASM, W)
@@ -336,7 +371,7 @@ def _output(pid, w_ptr, att_ptr, lse_ptr, h_ptr, x_ptr, tag, base, lanes, KT: tl
     acc = sum_columns(acc, 1, ASM, W)
     share_rows(base, 0, acc, lanes, ASM, W)
     tl.debug_barrier()
-    _add_band(base, acc, h_ptr, h, x_ptr, pid, tag, ASM, W)
+    _add_band(base, acc, h_ptr, h, x_ptr, pid, tag, DM // 2, COPIES, ASM, W)
 
 
 @jit()
@@ -367,7 +402,7 @@ def _gate_up(pid, w_ptr, x_ptr, g_ptr, act_ptr, tag, eps, base, buffer, lanes, K
 
 @jit()
 def _down(pid, w_ptr, act_ptr, h_ptr, x_ptr, tag, next_tag, base, buffer, lanes, KT: tl.constexpr,
-          STREAM: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
+          DM: tl.constexpr, COPIES: tl.constexpr, STREAM: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
     e = tl.arange(0, W * 128)
     c = tl.arange(0, W * 32)
     KPW: tl.constexpr = (KT + W - 1) // W
@@ -377,7 +412,7 @@ def _down(pid, w_ptr, act_ptr, h_ptr, x_ptr, tag, next_tag, base, buffer, lanes,
     acc = product(tiles, xs, 0.0, 0, KPW, False, ASM, W)
     share_rows(base, 0, acc, lanes, ASM, W)
     tl.debug_barrier()
-    _add_band(base, acc, h_ptr, h, x_ptr, pid, next_tag, ASM, W)
+    _add_band(base, acc, h_ptr, h, x_ptr, pid, next_tag, DM // 2, COPIES, ASM, W)
 
 
 @jit()
@@ -436,7 +471,7 @@ def step_kernel(embedding_ptr, qkv_w_ptr, output_w_ptr, gate_up_w_ptr, down_w_pt
                 D: tl.constexpr, GP: tl.constexpr, QH: tl.constexpr, RL: tl.constexpr,
                 NR: tl.constexpr, S: tl.constexpr, NB: tl.constexpr, NK: tl.constexpr,
                 QK_NORM: tl.constexpr, STORE: tl.constexpr, STREAM: tl.constexpr,
-                BULK: tl.constexpr, CODE: tl.constexpr, CONSTRAINTS: tl.constexpr,
+                BULK: tl.constexpr, COPIES: tl.constexpr, CODE: tl.constexpr, CONSTRAINTS: tl.constexpr,
                 ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """`num_steps` tokens, each chosen greedily from the last one's logits.
 
@@ -455,11 +490,14 @@ def step_kernel(embedding_ptr, qkv_w_ptr, output_w_ptr, gate_up_w_ptr, down_w_pt
     QKV_BANDS: tl.constexpr = (H + 2 * HKV) * D // 16
     GATE_PROGRAMS: tl.constexpr = KT_FF * 16 // NB
     # Without assembly a program's parts stay apart.
-    PIECES: tl.constexpr = S if ASM else S * (QH // GP)
+    PIECES: tl.constexpr = 1 + (S if ASM else S * (QH // GP))
     QKV_WORDS: tl.constexpr = QKV_BANDS * KT * 288
     OUTPUT_WORDS: tl.constexpr = BANDS * KT_O * 288
     GATE_WORDS: tl.constexpr = KT_FF * 16 * KT * 288
     DOWN_WORDS: tl.constexpr = BANDS * KT_FF * 288
+    # Copies spread the readers of a line, which the cache serves one after the other.
+    x_own = x_ptr + pid % COPIES * (KT * 64)
+    x_ff_own = x_ff_ptr + pid % COPIES * (KT * 64)
     start = tl.load(epoch_ptr)
     pos = tl.load(pos_ptr)
     step = 0
@@ -472,7 +510,7 @@ def step_kernel(embedding_ptr, qkv_w_ptr, output_w_ptr, gate_up_w_ptr, down_w_pt
         if PHASE == -1 or PHASE == 0:
             if pid < BANDS:
                 _embed(pid, embedding_ptr, best_ptr, tokens_ptr, out_ptr, h_ptr, x_ptr, pos, tag,
-                       fed, P, KT, NK, ASM, W)  # fmt: skip
+                       fed, P, KT, NK, COPIES, ASM, W)  # fmt: skip
         first = 0
         last = L
         if PHASE != -1:
@@ -485,43 +523,49 @@ def step_kernel(embedding_ptr, qkv_w_ptr, output_w_ptr, gate_up_w_ptr, down_w_pt
             more = i + 1 < L
             if PHASE == -1 or PHASE == 1:
                 if pid < QKV_BANDS:
+                    _qkv(pid, qkv_w_ptr + i * QKV_WORDS, x_own, attention_gain_ptr + i * (KT * 64),
+                         qkv_ptr, here, eps, base, buffer, lanes, KT, STREAM, ASM, W)  # fmt: skip
                     prefetch(qkv_w_ptr, after * QKV_WORDS + pid * (KT * 288), KT * 1152, more, c,
                              BULK)  # fmt: skip
-                    _qkv(pid, qkv_w_ptr + i * QKV_WORDS, x_ptr, attention_gain_ptr + i * (KT * 64),
-                         qkv_ptr, here, eps, base, buffer, lanes, KT, STREAM, ASM, W)  # fmt: skip
             if PHASE == -1 or PHASE == 2:
                 # The last programs: the first have a band of h, and wait for what comes next.
                 number = P - 1 - pid
-                if number < HKV * S:
-                    kv_head = number % HKV
-                    cache = (i * HKV + kv_head) * max_len * D
-                    _attention(kv_head, number // HKV, qkv_ptr, keys_ptr + cache, values_ptr + cache,
-                               cos_ptr, sin_ptr, query_gain_ptr + i * D, key_gain_ptr + i * D,
-                               zeros_ptr, att_ptr, lse_ptr, pos, here, max_len, eps, buffer, H, HKV, D, GP,
-                               QH, RL, NR, S, QK_NORM, ASM, W)  # fmt: skip
+                kv_head = number % HKV
+                cache = (i * HKV + kv_head) * max_len * D
+                if number < HKV:
+                    _attend_new(kv_head, qkv_ptr, keys_ptr + cache, values_ptr + cache, cos_ptr,
+                                sin_ptr, query_gain_ptr + i * D, key_gain_ptr + i * D, zeros_ptr,
+                                att_ptr, lse_ptr, pos, here, eps, buffer, H, HKV, D, GP, RL, QH,
+                                QK_NORM, ASM, W)  # fmt: skip
+                elif number < HKV * (S + 1):
+                    _attention(kv_head, number // HKV - 1, qkv_ptr, keys_ptr + cache,
+                               values_ptr + cache, cos_ptr, sin_ptr, query_gain_ptr + i * D,
+                               zeros_ptr, att_ptr, lse_ptr, pos, here, max_len, eps, buffer, H,
+                               HKV, D, GP, QH, RL, NR, S, QK_NORM, ASM, W)  # fmt: skip
             if PHASE == -1 or PHASE == 3:
                 if pid < BANDS:
-                    prefetch(output_w_ptr, after * OUTPUT_WORDS + pid * (KT_O * 288), KT_O * 1152,
-                             more, c, BULK)  # fmt: skip
                     _output(pid, output_w_ptr + i * OUTPUT_WORDS, att_ptr, lse_ptr, h_ptr,
                             x_ff_ptr, here, base + other, lanes, KT_O, H, D, PIECES, CODE, CONSTRAINTS,
-                            STREAM, ASM, W)  # fmt: skip
+                            KT * 128, COPIES, STREAM, ASM, W)  # fmt: skip
+                    prefetch(output_w_ptr, after * OUTPUT_WORDS + pid * (KT_O * 288), KT_O * 1152,
+                             more, c, BULK)  # fmt: skip
             if PHASE == -1 or PHASE == 4:
                 if pid < GATE_PROGRAMS:
-                    prefetch(gate_up_w_ptr, after * GATE_WORDS + pid * (NB * KT * 288),
-                             NB * KT * 1152, more, c, BULK)  # fmt: skip
-                    _gate_up(pid, gate_up_w_ptr + i * GATE_WORDS, x_ff_ptr,
+                    _gate_up(pid, gate_up_w_ptr + i * GATE_WORDS, x_ff_own,
                              feed_forward_gain_ptr + i * (KT * 64), act_ptr, here, eps, base,
                              buffer, lanes, KT, NB, STREAM, ASM, W)  # fmt: skip
+                    prefetch(gate_up_w_ptr, after * GATE_WORDS + pid * (NB * KT * 288),
+                             NB * KT * 1152, more, c, BULK)  # fmt: skip
             if PHASE == -1 or PHASE == 5:
                 if pid < BANDS:
+                    _down(pid, down_w_ptr + i * DOWN_WORDS, act_ptr, h_ptr, x_ptr, here, here + 1,
+                          base + other, buffer, lanes, KT_FF, KT * 128,
+                          COPIES, STREAM, ASM, W)  # fmt: skip
                     prefetch(down_w_ptr, after * DOWN_WORDS + pid * (KT_FF * 288), KT_FF * 1152,
                              more, c, BULK)  # fmt: skip
-                    _down(pid, down_w_ptr + i * DOWN_WORDS, act_ptr, h_ptr, x_ptr, here, here + 1,
-                          base + other, buffer, lanes, KT_FF, STREAM, ASM, W)  # fmt: skip
             i += 1
         if PHASE == -1 or PHASE == 6:
-            _head(pid, head_w_ptr, x_ptr, final_gain_ptr, logits_ptr, best_ptr, tag + L, eps,
+            _head(pid, head_w_ptr, x_own, final_gain_ptr, logits_ptr, best_ptr, tag + L, eps,
                   base, buffer + 8192, lanes, P, V, KT, STORE, STREAM, ASM, W)  # fmt: skip
         step += 1
     if PHASE == -1 or PHASE == 7:
@@ -546,6 +590,8 @@ class PersistentPlan:
     """S: programs that share one key-value head's positions."""
     rows_per_lane: int
     bands_gate_up: int
+    num_copies: int
+    """Copies of x, each for a part of the programs."""
     stream: bool
     bulk: bool
     """Whether the GPU has bulk prefetches (compute capability 9.0)."""
@@ -558,6 +604,7 @@ def persistent_plan(
     num_programs: int = 132,
     num_warps: int = 8,
     num_parts: int = 16,
+    num_copies: int = 2,
     bulk: bool = False,
     cache_bytes: int = 40 << 20,
 ) -> PersistentPlan:
@@ -578,6 +625,7 @@ def persistent_plan(
         num_splits=max(1, num_parts // parts_each),
         rows_per_lane=4,
         bands_gate_up=bands,
+        num_copies=num_copies,
         stream=weights.bytes_per_token > cache_bytes,
         bulk=bulk,
         asm=not INTERPRET,
@@ -601,7 +649,7 @@ def _misfit(c: ModelConfig, plan: PersistentPlan) -> str | None:
         return f"intermediate_size {c.intermediate_size} is more than {4 * warps * TILE_COLS}"
     if plan.bands_gate_up > 4:
         return f"intermediate_size {c.intermediate_size} takes {plan.bands_gate_up} bands a program"
-    if plan.num_splits * c.num_kv_heads > width:
+    if (plan.num_splits + 1) * c.num_kv_heads > width:
         return f"{plan.num_splits} splits of {c.num_kv_heads} heads are more than {width} programs"
     return None
 
@@ -630,7 +678,7 @@ class PersistentDecoder:
         self.max_seq_len = keys.shape[2]
         group = 1 << (c.num_heads // c.num_kv_heads - 1).bit_length()
         self._query_rows = max(group, plan.num_warps)
-        parts = plan.num_splits * (1 if plan.asm else self._query_rows // group)
+        parts = 1 + plan.num_splits * (1 if plan.asm else self._query_rows // group)
         q_rows = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
 
         def words(*shape: int) -> torch.Tensor:
@@ -639,19 +687,18 @@ class PersistentDecoder:
         self.epoch = torch.ones(1, dtype=torch.int32, device=device)
         self.best = words(plan.num_programs, 2)
         self._h = torch.zeros(c.hidden_size, dtype=torch.float32, device=device)
-        self._x = words(c.hidden_size // 2)
-        self._x_ff = words(c.hidden_size // 2)
+        self._x = words(plan.num_copies, c.hidden_size // 2)
+        self._x_ff = words(plan.num_copies, c.hidden_size // 2)
         self._qkv = words(q_rows)
-        self._attention = words(max(parts, 8), c.num_heads, c.head_dim // 2)
-        self._lse = words(max(parts, 8), c.num_heads)
+        self._attention = words(parts, c.num_heads, c.head_dim // 2)
+        self._lse = words(parts, c.num_heads)
         self._act = words(c.intermediate_size // 2)
         self._zeros = torch.zeros(1 << 13, dtype=torch.int32, device=device)
         self._gains = tuple(
             g.to(torch.float16).contiguous().view(torch.int32)
             for g in (weights.attention_gain, weights.feed_forward_gain, weights.final_gain)
         )
-        sets = -(-parts // 8)
-        code, constraints = attention_asm(c.head_dim, c.num_heads, sets)
+        code, constraints = attention_asm(c.head_dim, c.num_heads, parts)
         self._constants: dict[str, Any] = {
             "P": plan.num_programs,
             "L": c.num_layers,
@@ -672,6 +719,7 @@ class PersistentDecoder:
             "QK_NORM": c.qk_norm,
             "STREAM": plan.stream,
             "BULK": plan.bulk,
+            "COPIES": plan.num_copies,
             "CODE": code,
             "CONSTRAINTS": constraints,
             "ASM": plan.asm,
