@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+SWITCH_S = 0.0005
+"""The engine's thread gets the interpreter so long after it asks: between two tokens Python's 5 ms
+would be longer than a token."""
+
 SERVE_HELP = """\
 examples:
   albor-serve                                   the embedded model on http://127.0.0.1:8080
@@ -104,6 +108,7 @@ def _serve(arguments: list[str]) -> int:
         sock = bind(options.host, options.port)
         scheme = "http" if tls is None else "https"
         address = f"{scheme}://{_as_url_host(options.host)}:{sock.getsockname()[1]}"
+    sys.setswitchinterval(SWITCH_S)
     try:
         serve(
             sock,

@@ -25,7 +25,15 @@ from torch.nn import functional
 from albor_serve.config import ModelConfig, RopeConfig
 from albor_serve.errors import CheckpointError
 
-__all__ = ["Attend", "Decoder", "KVCache", "load_decoder", "rope_frequencies"]
+__all__ = [
+    "Attend",
+    "Decoder",
+    "KVCache",
+    "RMSNorm",
+    "load_decoder",
+    "rope_frequencies",
+    "rotate",
+]
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Rotated queries [B, H, T, D], keys and values [B, H_kv, S, D] (S counts what the cache holds)
@@ -112,7 +120,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn channel i of the first half of D against channel i of the second half.
 
     Args:
-        x: [B, heads, T, D]. cos, sin: [B, 1, T, D / 2], of x's dtype.
+        x: [B, heads, T, D]. cos, sin: [B, 1, T, D / 2], of x's dtype; or all three with heads
+            and T exchanged.
     """
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -283,6 +292,7 @@ class Decoder(nn.Module):  # type: ignore[misc]
         cache: KVCache | None = None,
         before_layer: Callable[[], None] | None = None,
         attend: Attend | None = None,
+        rotations: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Final hidden states, normalised: what the output head reads.
 
@@ -295,6 +305,7 @@ class Decoder(nn.Module):  # type: ignore[misc]
                 then holds what it held before.
             attend: computes attention instead of plain causal attention, for masks of other
                 shapes (documents of a training row, padded batches).
+            rotations: what `rotations` gives for the positions, where the caller has it at hand.
 
         Returns:
             [B, T, d] in the parameters' dtype.
@@ -305,7 +316,7 @@ class Decoder(nn.Module):  # type: ignore[misc]
         if positions is None:
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         x = self.model.embed_tokens(tokens)
-        cos, sin = self._angles(positions, x)
+        cos, sin = rotations or self.rotations(positions, x)
         for index, layer in enumerate(self.model.layers):
             if before_layer is not None:
                 before_layer()
@@ -320,8 +331,13 @@ class Decoder(nn.Module):  # type: ignore[misc]
         head = self.model.embed_tokens.weight if tied else self.lm_head.weight
         return functional.linear(hidden, head)
 
-    def _angles(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cos and sin of each token's rotations, [B or 1, 1, T, D / 2] in the dtype of `like`."""
+    def rotations(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cos and sin of each token's rotations, [B or 1, 1, T, D / 2], like `like` otherwise.
+
+        Args:
+            positions: int64 [B, T] or [T].
+            like: gives dtype and device.
+        """
         frequencies, scale = rope_frequencies(self.config.rope, self.config.head_dim)
         angles = positions.to(like.device).float()[..., None] * frequencies.to(like.device)
         if angles.dim() == 2:

@@ -8,6 +8,7 @@ document. Then one process walks the parts in the order of their names and decid
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -37,7 +38,7 @@ from albor_train.sources import (
 )
 from albor_train.spec import DataSpec, FolderSource, Spec, content_hash, to_plain
 
-__all__ = ["Document", "build_corpus", "corpus_inputs", "read_documents"]
+__all__ = ["Document", "build_corpus", "build_held_out", "corpus_inputs", "read_documents"]
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total)."""
@@ -124,6 +125,38 @@ def build_corpus(
     )
 
 
+def build_held_out(
+    spec: Spec, work: Path, *, processes: int = 1, progress: Progress | None = None
+) -> Artefact:
+    """Only validation.jsonl.gz, byte for byte the corpus's own, from the held-out projects alone.
+
+    Held-out projects are chosen before all others, so the rest has no influence on them; measuring
+    a model needs a few megabytes of packages instead of the whole corpus.
+
+    Raises:
+        DataError: a source can't be had, or nothing is held out.
+    """
+    names = set(map(project_name, spec.data.held_out))
+    folders = tuple(s for s in spec.data.folders if project_name(s.project) in names)
+    only = dataclasses.replace(spec, data=dataclasses.replace(spec.data, folders=folders))
+    inputs = corpus_inputs(only)
+    if only.data.lock:
+        inputs["lock"] = [row for row in _plain_rows(inputs["lock"]) if row["name"] in names]
+    return make(
+        work,
+        "held-out",
+        inputs,
+        lambda folder: _build(
+            only, work / "packages", folder, processes, progress, only_held_out=True
+        ),
+    )
+
+
+def _plain_rows(value: object) -> list[dict[str, object]]:
+    assert isinstance(value, list)
+    return value
+
+
 def read_documents(path: Path) -> Iterator[Document]:
     """The documents of a *.jsonl.gz file, in order.
 
@@ -139,7 +172,13 @@ def read_documents(path: Path) -> Iterator[Document]:
 
 
 def _build(
-    spec: Spec, cache: Path, out: Path, processes: int, progress: Progress | None
+    spec: Spec,
+    cache: Path,
+    out: Path,
+    processes: int,
+    progress: Progress | None,
+    *,
+    only_held_out: bool = False,
 ) -> dict[str, object]:
     parts_folder = out / "parts"
     parts_folder.mkdir()
@@ -149,17 +188,25 @@ def _build(
             spec.path(spec.data.evaluation), spec.data.ngram_len, spec.data.min_name_len
         )
     jobs = _jobs(spec, cache, parts_folder, index)
+    if only_held_out:
+        held_out = set(map(project_name, spec.data.held_out))
+        jobs = [job for job in jobs if _project_of(job) in held_out]
     parts: list[_Part] = []
     with multiprocessing.get_context("spawn").Pool(processes) if processes > 1 else _Here() as pool:
         for part in pool.imap(_read_project, jobs):
             parts.append(part)
             if progress is not None:
                 progress("projects read", len(parts), len(jobs))
-    report = _select(spec, parts, out)
+    report = _select(spec, parts, out, needs="validation" if only_held_out else "train")
     shutil.rmtree(parts_folder)
     card = data_card(spec, report)
     (out / "DATA_CARD.md").write_text(card, "utf-8")
     return report
+
+
+def _project_of(job: _Job) -> str:
+    source = job.source
+    return source.name if isinstance(source, Package) else project_name(source.project)
 
 
 class _Here:
@@ -247,7 +294,9 @@ def _read_project(job: _Job) -> _Part:
     )
 
 
-def _select(spec: Spec, parts: list[_Part], out: Path) -> dict[str, object]:
+def _select(
+    spec: Spec, parts: list[_Part], out: Path, *, needs: str = "train"
+) -> dict[str, object]:
     """Drop duplicates across projects and write the two splits."""
     held_out = set(map(project_name, spec.data.held_out))
     seen: set[bytes] = set()
@@ -292,9 +341,9 @@ def _select(spec: Spec, parts: list[_Part], out: Path) -> dict[str, object]:
                 "scrubbed": part.num_scrubbed,
                 **kept,
             }
-    if not totals["train"]["files"]:
+    if not totals[needs]["files"]:
         reasons = ", ".join(f"{name} {count}" for name, count in dropped.most_common(3))
-        raise DataError(f"no file is left to train on ({reasons}): loosen the filters")
+        raise DataError(f"no file is left for the {needs} split ({reasons}): loosen the filters")
     return {
         "train": dict(totals["train"]),
         "validation": dict(totals["validation"]),

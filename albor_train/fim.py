@@ -53,7 +53,8 @@ def split_chunks(text: str, max_chars: int, rng: random.Random) -> list[str]:
     size = 0
     top_level = 0  # lines of `current` before its last top-level line in the second half
     for line in text.splitlines(keepends=True):
-        if current and size + len(line) > limit:
+        # Twice where the lines after a top-level cut leave no room for this one either.
+        while current and size + len(line) > limit:
             cut = top_level or len(current)
             chunks.append("".join(current[:cut]))
             current = current[cut:]

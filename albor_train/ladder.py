@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,11 @@ import torch
 
 from albor_serve.checkpoint import open_checkpoint
 from albor_serve.model import load_decoder
-from albor_train.artefact import Artefact
+from albor_train.artefact import Artefact, make
 from albor_train.batches import RowStream
 from albor_train.data import Progress, build_corpus, read_documents
-from albor_train.errors import TrainingError
-from albor_train.evaluate.generate import Answerer
+from albor_train.errors import EvaluationError, TrainingError
+from albor_train.evaluate.generate import Answerer, AnySource
 from albor_train.evaluate.measure import (
     Result,
     bits_per_byte,
@@ -25,15 +26,16 @@ from albor_train.evaluate.measure import (
     run_benchmark,
     write_results,
 )
+from albor_train.evaluate.served import serve_answers
 from albor_train.export import export_folder, export_gguf
 from albor_train.pack import Pack, build_pack, build_tokenizer, build_tokens, open_pack
 from albor_train.runs import latest_checkpoint
 from albor_train.serving import serves
-from albor_train.spec import Spec, check_epochs
+from albor_train.spec import Spec, check_epochs, content_hash
 from albor_train.train import StepRecord, Trainer
 from albor_train.world import World
 
-__all__ = ["evaluate_folder", "prepare", "reproduce", "tiny", "train"]
+__all__ = ["evaluate", "prepare", "reproduce", "tiny", "train"]
 
 SHARD_BYTES: Final = 36 << 20
 """Default size of a token shard."""
@@ -193,47 +195,85 @@ def _steps_done(run: Path) -> int:
     return 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
 
 
-def evaluate_folder(
+def evaluate(
     spec: Spec,
-    folder: Path,
-    corpus: Artefact,
+    model: Path,
+    held_out: Artefact | None,
     out: Path,
     *,
     device: str = "cpu",
     processes: int = 2,
+    every: int = 1,
+    python: str = sys.executable,
+    stop_scope: str = "none",
     say: Say = lambda _: None,
 ) -> list[Result]:
-    """Measure a checkpoint folder on everything that the spec names, and write the results."""
+    """Measure a model on everything that the spec names, and write the results.
+
+    Args:
+        model: a checkpoint folder, read by the reference decoder, or a GGUF file, which albor-serve
+            answers for (bits per byte come from its weights in the reference decoder).
+        held_out: folder with validation.jsonl.gz, or None to run only the benchmarks.
+        every: take every n-th problem of the benchmarks.
+        python: interpreter of the sandbox.
+        stop_scope: of the server's infilling answers; only for GGUF files.
+
+    Raises:
+        EvaluationError: a measurement would mean nothing.
+    """
+    if model.suffix == ".gguf":
+        with serve_answers(model, stop_scope=stop_scope) as served:
+            return _measure(spec, model, served, held_out, out, processes, every, python, say)
+    if stop_scope != "none":
+        raise EvaluationError(f"{model} is no .gguf file: only albor-serve ends answers by scope")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    answerer = Answerer(folder, device=device, dtype=dtype)
-    documents = list(read_documents(corpus.folder / "validation.jsonl.gz"))
+    answerer = Answerer(model, device=device, dtype=dtype)
+    return _measure(spec, model, answerer, held_out, out, processes, every, python, say)
+
+
+def _measure(
+    spec: Spec,
+    model: Path,
+    source: AnySource,
+    held_out: Artefact | None,
+    out: Path,
+    processes: int,
+    every: int,
+    python: str,
+    say: Say,
+) -> list[Result]:
     results: list[Result] = []
     details: dict[str, list[dict[str, Any]]] = {}
-    results += bits_per_byte(answerer, documents, spec.evaluate.held_out_tokens)
-    say(f"{results[0].value:.4f} bits for each byte of held-out text")
-    if spec.evaluate.fim_examples:
-        results += fim_on_held_out(
-            answerer, documents, per_kind=spec.evaluate.fim_examples, seed=spec.seed
-        )
+    if held_out is not None:
+        documents = list(read_documents(held_out.folder / "validation.jsonl.gz"))
+        results += bits_per_byte(source, documents, spec.evaluate.held_out_tokens)
+        say(f"{results[0].value:.4f} bits for each byte of held-out text")
+        if spec.evaluate.fim_examples:
+            results += fim_on_held_out(
+                source, documents, per_kind=spec.evaluate.fim_examples, seed=spec.seed
+            )
     for name in spec.evaluate.benchmarks:
         found, details[name] = run_benchmark(
-            answerer,
+            source,
             spec.path(spec.data.evaluation),
             name,
             num_samples=spec.evaluate.num_samples,
             temperature=spec.evaluate.temperature,
             seed=spec.seed,
             processes=processes,
+            every=every,
+            python=python,
         )
         results += found
         say(f"{name}: {found[0].metric} {found[0].value:.3f}")
     config = {
         "n_samples": spec.evaluate.num_samples,
         "temperature": spec.evaluate.temperature,
+        "every": every,
         "spec": spec.hash,
-        "corpus": corpus.key,
+        "held_out": None if held_out is None else held_out.key,
     }
-    write_results(out, folder.name, results, details, config)
+    write_results(out, model.stem, results, details, config)
     return results
 
 
@@ -242,36 +282,48 @@ def reproduce(
 ) -> dict[str, float]:
     """The whole path; returns the scores. What is there already is not made again.
 
+    Data, tokenizer, tokens, packs, the run's checkpoints, the model and its scores each are a
+    folder named by what it was made from. Called again with nothing changed it only reads the
+    scores; after an interruption it goes on from the last finished folder or checkpoint.
+
     Raises:
         TrainingError: the run has not reached its end, or Q4 loses more than 5 % perplexity.
     """
     corpus, tokens = prepare(spec, work, processes=processes)
     say(f"corpus: {corpus.report['train']['files']:,} files; tokens: {tokens.folder.name}")
-    run = work / f"run-{spec.name}-{spec.hash[:12]}"
-    train(spec, tokens, work, run, world, processes=processes, say=say)
+    # Local sources may change without the spec; their text is in the tokens' key.
+    key = content_hash([spec.hash, tokens.key])[:12]
+    run = work / f"run-{spec.name}-{key}"
+    if _steps_done(run) < spec.train.steps:
+        train(spec, tokens, work, run, world, processes=processes, say=say)
     checkpoint = latest_checkpoint(run)
-    if checkpoint is None:
-        raise TrainingError(f"{run} has no checkpoint: remove it and start again")
-    model = work / f"model-{spec.name}-{spec.hash[:12]}"
+    if checkpoint is None or _steps_done(run) < spec.train.steps:
+        raise TrainingError(f"{run} has not reached step {spec.train.steps}: start again")
+    model = work / f"model-{spec.name}-{key}"
     if not model.exists():
         export_folder([checkpoint], model)
     gguf = model / f"{spec.name}-q4_0.gguf"
     if not gguf.exists():
         export_gguf(model, gguf)
     say(f"model: {model.name}, Q4_0 {gguf.stat().st_size / 1e6:.1f} MB")
-    results = evaluate_folder(
-        spec, model, corpus, model / "evaluation", processes=processes, say=say
-    )
-    scores = {f"{result.task} {result.metric}": result.value for result in results}
-    full, quantized = _perplexities(spec, model, gguf, corpus)
-    scores["q4 perplexity ratio"] = quantized / full
-    if quantized >= 1.05 * full:
-        raise TrainingError(
-            f"Q4_0 has a perplexity of {quantized:.3f}, the model {full:.3f}: more than 5 % is lost"
-        )
-    answer = serves(gguf)
-    say(f"albor-serve answers: {answer!r}")
-    return scores
+
+    def score(folder: Path) -> dict[str, object]:
+        results = evaluate(spec, model, corpus, folder, processes=processes, say=say)
+        scores: dict[str, object] = {f"{r.task} {r.metric}": r.value for r in results}
+        full, quantized = _perplexities(spec, model, gguf, corpus)
+        scores["q4 perplexity ratio"] = quantized / full
+        if quantized >= 1.05 * full:
+            raise TrainingError(
+                f"Q4_0 has a perplexity of {quantized:.3f}, the model {full:.3f}: more than 5 % is "
+                f"lost"
+            )
+        say(f"albor-serve answers: {serves(gguf)!r}")
+        return scores
+
+    inputs = {"spec": spec.hash, "corpus": corpus.key, "model": model.name}
+    scores = make(work, "scores", inputs, score)
+    say(f"scores: {scores.folder.name}{'' if scores.was_made else ', as before'}")
+    return {name: float(value) for name, value in scores.report.items()}
 
 
 def _perplexities(spec: Spec, model: Path, gguf: Path, corpus: Artefact) -> tuple[float, float]:

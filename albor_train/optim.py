@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -66,26 +66,48 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     return x.float()
 
 
+OverRows = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+"""(function, rows [K, ...]) to function(rows), perhaps divided over processes."""
+
+
+def _here(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    return function(rows)
+
+
 class Optimizer:
     """Muon and AdamW over named float32 parameters, which `step` changes in place.
 
-    Parameters of equal shape are updated as one stacked tensor. Every matrix outside embeddings
-    and head goes to Muon, or everything to AdamW with optimizer "adamw".
+    Matrices of equal shape are orthogonalized as one stacked tensor. Every matrix outside
+    embeddings and head goes to Muon, or everything to AdamW with optimizer "adamw".
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], train: TrainSpec) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], train: TrainSpec, *, over_rows: OverRows = _here
+    ) -> None:
+        """Fresh state.
+
+        Args:
+            parameters: by name; kept and changed.
+            over_rows: does Muon's matrices, each process its share.
+        """
         self._parameters = dict(parameters)
         self._train = train
+        self._over_rows = over_rows
+        self.orthogonalize: Callable[[Tensor], Tensor] = orthogonalize
+        """May be replaced by the same function compiled."""
         self.moments: dict[str, Tensor] = {}
         """Optimizer state by "kind.parameter", float32 of the parameter's shape."""
         self._matrices: dict[tuple[int, ...], list[str]] = defaultdict(list)
-        self._others: list[str] = []
+        # By kind: rate relative to the blocks', and whether weights decay.
+        self._others: dict[tuple[float, bool], list[str]] = defaultdict(list)
         for name, tensor in self._parameters.items():
             if train.optimizer == "muon" and tensor.dim() == 2 and "layers." in name:
                 self._matrices[tuple(tensor.shape)].append(name)
                 self.moments[f"momentum.{name}"] = torch.zeros_like(tensor)
             else:
-                self._others.append(name)
+                is_matrix = tensor.dim() == 2
+                scale = 1.0 if is_matrix and "layers." in name else train.embedding_lr_scale
+                self._others[scale, is_matrix].append(name)
                 self.moments[f"mean.{name}"] = torch.zeros_like(tensor)
                 self.moments[f"square.{name}"] = torch.zeros_like(tensor)
 
@@ -100,8 +122,8 @@ class Optimizer:
         """
         for shape, names in self._matrices.items():
             self._muon(shape, names, gradients, lr)
-        for name in self._others:
-            self._adamw(name, gradients[name], step, lr)
+        for (scale, decays), names in self._others.items():
+            self._adamw(names, gradients, step, lr * scale, decays=decays)
 
     def _muon(
         self, shape: tuple[int, ...], names: list[str], gradients: Mapping[str, Tensor], lr: float
@@ -112,24 +134,34 @@ class Optimizer:
         torch._foreach_lerp_(momentum, grads, 1 - beta)
         # Nesterov: look ahead along the momentum.
         ahead = torch._foreach_lerp(grads, momentum, beta)
-        updates = orthogonalize(torch.stack(list(ahead)))
+        updates = self._over_rows(self.orthogonalize, torch.stack(list(ahead)))
         scale = 0.2 * math.sqrt(max(shape))
         targets = [self._parameters[name] for name in names]
         torch._foreach_mul_(targets, 1 - lr * self._train.weight_decay)
         torch._foreach_add_(targets, list(updates.unbind()), alpha=-lr * scale)
 
-    def _adamw(self, name: str, gradient: Tensor, step: int, lr: float) -> None:
+    def _adamw(
+        self,
+        names: list[str],
+        gradients: Mapping[str, Tensor],
+        step: int,
+        rate: float,
+        *,
+        decays: bool,
+    ) -> None:
         low, high = self._train.betas
-        mean, square = self.moments[f"mean.{name}"], self.moments[f"square.{name}"]
-        mean.lerp_(gradient, 1 - low)
-        square.lerp_(gradient.square(), 1 - high)
-        target = self._parameters[name]
-        is_matrix_of_blocks = target.dim() == 2 and "layers." in name
-        rate = lr if is_matrix_of_blocks else lr * self._train.embedding_lr_scale
-        if target.dim() == 2:
-            target.mul_(1 - rate * self._train.weight_decay)
-        root = (square / (1 - high ** (step + 1))).sqrt_().add_(self._train.eps)
-        target.addcdiv_(mean, root, value=-rate / (1 - low ** (step + 1)))
+        means = [self.moments[f"mean.{name}"] for name in names]
+        squares = [self.moments[f"square.{name}"] for name in names]
+        grads = [gradients[name] for name in names]
+        targets = [self._parameters[name] for name in names]
+        torch._foreach_lerp_(means, grads, 1 - low)
+        torch._foreach_lerp_(squares, torch._foreach_mul(grads, grads), 1 - high)
+        if decays:
+            torch._foreach_mul_(targets, 1 - rate * self._train.weight_decay)
+        roots = torch._foreach_div(squares, 1 - high ** (step + 1))
+        torch._foreach_sqrt_(roots)
+        torch._foreach_add_(roots, self._train.eps)
+        torch._foreach_addcdiv_(targets, means, roots, value=-rate / (1 - low ** (step + 1)))
 
 
 def global_norm(gradients: Mapping[str, Tensor]) -> Tensor:

@@ -117,7 +117,7 @@ def plan_lines(spec: Spec) -> list[str]:
         ),
         (
             f"compute    {flops * tokens:.2e} FLOPs, one H100 {_hours(flops * tokens, 0.45)} at "
-            f"45 % of its peak"
+            f"45 % of its peak, {_hours(flops * tokens, 0.325)} at 32.5 %"
         ),
         (
             f"schedule   {train.optimizer}, {train.schedule}, warm-up {train.warmup_steps} steps "
@@ -153,4 +153,6 @@ def _milestones(train: TrainSpec) -> list[int]:
 
 def _hours(flops: float, share: float) -> str:
     seconds = flops / (share * 989e12)
-    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
+    if seconds < 600:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 10_800 else f"{seconds / 3600:.1f} h"

@@ -1,23 +1,54 @@
-"""Start albor-serve on a model file and ask it for one completion."""
+"""Start albor-serve on a model and talk to it over HTTP, as an editor would."""
 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from albor_train.errors import EvaluationError
 
-__all__ = ["serves"]
+__all__ = ["open_post", "post", "running_server", "serves"]
 
 _START: Final = "import sys; from albor_serve.cli import main; sys.exit(main())"
+
+
+@contextlib.contextmanager
+def running_server(model: Path, *, max_seconds: float = 120.0) -> Iterator[str]:
+    """albor-serve on a free port for as long as the context lasts; gives its base address.
+
+    Raises:
+        EvaluationError: it does not start.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-c", _START, str(model), "--port", str(port)]
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        process = subprocess.Popen(  # noqa: S603 - this interpreter and a path
+            command, stdout=subprocess.DEVNULL, stderr=log
+        )
+        try:
+            base = f"http://127.0.0.1:{port}"
+            _wait(f"{base}/health", process, log, max_seconds)
+            yield base
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def serves(model: Path, *, max_seconds: float = 120.0) -> str:
@@ -26,42 +57,29 @@ def serves(model: Path, *, max_seconds: float = 120.0) -> str:
     Raises:
         EvaluationError: the server does not start, or does not answer as it should.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-c", _START, str(model), "--port", str(port)]
-    process = subprocess.Popen(  # noqa: S603 - this interpreter and a path
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        _wait(f"http://127.0.0.1:{port}/health", process, max_seconds)
-        body = {
-            "prompt": "def add(a, b):\n    return ",
-            "suffix": "\n\n\nprint(add(1, 2))\n",
-            "max_tokens": 8,
-            "temperature": 0,
-        }
-        answer = _post(f"http://127.0.0.1:{port}/v1/completions", body)
-        choice = answer["choices"][0]
-        if choice["finish_reason"] not in ("stop", "length"):
-            raise EvaluationError(f"the server ended its answer with {choice['finish_reason']!r}")
-        return str(choice["text"])
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise EvaluationError(f"the server did not answer: {error}") from error
-    finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=20)
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
+    body = {
+        "prompt": "def add(a, b):\n    return ",
+        "suffix": "\n\n\nprint(add(1, 2))\n",
+        "max_tokens": 8,
+        "temperature": 0,
+    }
+    with running_server(model, max_seconds=max_seconds) as base:
+        try:
+            choice = post(f"{base}/v1/completions", body)["choices"][0]
+            if choice["finish_reason"] not in ("stop", "length"):
+                reason = choice["finish_reason"]
+                raise EvaluationError(f"the server ended its answer with {reason!r}")
+            return str(choice["text"])
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise EvaluationError(f"the server did not answer: {error!r}") from error
 
 
-def _wait(url: str, process: subprocess.Popen[str], max_seconds: float) -> None:
+def _wait(url: str, process: subprocess.Popen[bytes], log: IO[str], max_seconds: float) -> None:
     end = time.monotonic() + max_seconds
     while time.monotonic() < end:
         if process.poll() is not None:
-            lines = (process.communicate()[1] or "").strip().splitlines() or ["no message"]
+            log.seek(0)
+            lines = log.read().strip().splitlines() or ["no message"]
             raise EvaluationError(f"albor-serve ended at once: {lines[-1]}")
         with (
             contextlib.suppress(urllib.error.URLError, OSError),
@@ -73,9 +91,31 @@ def _wait(url: str, process: subprocess.Popen[str], max_seconds: float) -> None:
     raise EvaluationError(f"albor-serve was not ready after {max_seconds:g} s")
 
 
-def _post(url: str, body: object) -> dict[str, Any]:
+def post(url: str, body: object) -> dict[str, Any]:
+    """The JSON object that a server on this machine answers with.
+
+    Raises:
+        EvaluationError: it refuses, or does not answer.
+    """
+    with open_post(url, body) as reply:
+        return dict(json.load(reply))
+
+
+def open_post(url: str, body: object) -> http.client.HTTPResponse:
+    """The answer to a JSON body, still to be read (streams come line by line).
+
+    Raises:
+        EvaluationError: the server refuses, or does not answer.
+    """
     request = urllib.request.Request(  # noqa: S310 - loopback
         url, json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=60) as reply:  # noqa: S310
-        return dict(json.load(reply))
+    try:
+        reply: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=300)  # noqa: S310
+    except urllib.error.HTTPError as error:
+        with error:
+            text = " ".join(error.read(2000).decode("utf-8", "replace").split())
+        raise EvaluationError(f"the server refused with {error.code}: {text}") from error
+    except OSError as error:
+        raise EvaluationError(f"the server did not answer: {error}") from error
+    return reply

@@ -199,6 +199,8 @@ class TrainSpec:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     compile: bool = True
     attention: AttentionKind = "document_varlen"
+    fused_projections: bool = False
+    """One product for query, key and value and one for gate and up; checkpoints are the same."""
     loss_chunk_tokens: int = 8192
     """Rows of logits that exist at one time."""
     spike_factor: float = 2.0

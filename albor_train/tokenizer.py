@@ -7,7 +7,7 @@ runs of spaces and tabs are put before the learned ones, so that every indentati
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +25,7 @@ __all__ = [
     "SPECIALS",
     "TrainingTokenizer",
     "bytes_per_token",
+    "open_encoder",
     "train_tokenizer",
 ]
 
@@ -198,7 +199,31 @@ class TrainingTokenizer:
         return str(self._tokenizer.decode(kept, skip_special_tokens=False))
 
 
-def bytes_per_token(encode: Any, texts: Sequence[str]) -> float:
+def open_encoder(path: Path) -> Callable[[str], Sequence[int]]:
+    """Text to ids by any tokenizer: a tokenizer.json, its folder, or a GGUF file's vocabulary.
+
+    Raises:
+        DataError: it can't be read.
+    """
+    if path.suffix != ".gguf":
+        path = path / "tokenizer.json" if path.is_dir() else path
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises bare Exception
+            raise DataError(f"{path} is no readable tokenizer: {error}") from error
+        return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
+    import llama_cpp
+
+    try:
+        vocabulary = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path} has no vocabulary that llama.cpp reads: {error}") from error
+    return lambda text: list(
+        vocabulary.tokenize(text.encode("utf-8", "replace"), add_bos=False, special=False)
+    )
+
+
+def bytes_per_token(encode: Callable[[str], Sequence[int]], texts: Sequence[str]) -> float:
     """UTF-8 bytes for each token that `encode` makes of the texts."""
     num_tokens = sum(len(encode(text)) for text in texts)
-    return sum(len(text.encode("utf-8")) for text in texts) / max(1, num_tokens)
+    return sum(len(text.encode("utf-8", "replace")) for text in texts) / max(1, num_tokens)

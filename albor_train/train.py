@@ -25,6 +25,7 @@ from albor_train.artefact import write_json
 from albor_train.attention import attention_for, prepare_mask
 from albor_train.batches import Batch, RowStream
 from albor_train.errors import DivergedError, TrainingError
+from albor_train.fused import FusedDecoder, by_original_name
 from albor_train.loss import chunk_loss, chunked_cross_entropy
 from albor_train.optim import GradientClipper, Optimizer, learning_rate
 from albor_train.runs import (
@@ -37,7 +38,14 @@ from albor_train.runs import (
 from albor_train.spec import AttentionKind, Spec, TrainSpec, to_plain
 from albor_train.world import World, proportional_shares
 
-__all__ = ["StepRecord", "Trainer", "flops_per_token", "initial_weights", "validation_loss"]
+__all__ = [
+    "StepRecord",
+    "Trainer",
+    "flops_per_token",
+    "initial_weights",
+    "peak_flops",
+    "validation_loss",
+]
 
 PEAK_FLOPS: Final = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}
 """Dense bf16 peak by a part of the device's name."""
@@ -119,6 +127,7 @@ class Trainer:
         validation: Mapping[str, RowStream] | None = None,
         balance: bool = False,
         on_step: Callable[[StepRecord], None] | None = None,
+        compile_mode: str | None = None,
     ) -> None:
         """Prepare a run.
 
@@ -128,6 +137,7 @@ class Trainer:
             validation: rows to measure the loss on, by name.
             balance: give faster processes more micro-batches.
             on_step: called on the first process after each step.
+            compile_mode: torch.compile's mode where the spec compiles.
 
         Raises:
             TrainingError: the folder holds another spec's run, or its packs are others.
@@ -159,7 +169,8 @@ class Trainer:
             weights = {name: state.weights[name] for name in weights}
         self.weights = {name: tensor.to(world.device) for name, tensor in weights.items()}
         """The float32 weights, by Hugging Face name. The optimizer changes them in place."""
-        self._optimizer = Optimizer(self.weights, self._train)
+        self.optimizer = Optimizer(self.weights, self._train, over_rows=world.over_rows)
+        """Its moments are part of a checkpoint."""
         self.ema = (
             {name: tensor.clone() for name, tensor in self.weights.items()}
             if self._train.ema > 0
@@ -168,16 +179,28 @@ class Trainer:
         if state is not None:
             self._restore(state)
         self._model = _make_model(self._config, self._train, world.device)
-        self._gradients = {name: torch.zeros_like(t) for name, t in self.weights.items()}
+        # One tensor under all gradients, so that processes sum them without gathering them first.
+        self._flat_gradient = torch.zeros(
+            sum(t.numel() for t in self.weights.values()), device=world.device
+        )
+        parts = self._flat_gradient.split([t.numel() for t in self.weights.values()])
+        self._gradients = {
+            name: part.view_as(t)
+            for part, (name, t) in zip(parts, self.weights.items(), strict=True)
+        }
         self._publish()
+        positions = torch.arange(self._train.sequence_len, device=world.device)
+        like = self._model.model.embed_tokens.weight
+        # Made once: they are the same in each pass.
+        self._rotations = self._model.rotations(positions, like)
         self._hidden = _hidden_function(self._model, self._train.attention)
         self._chunk_loss = chunk_loss
         if self._train.compile:
-            self._hidden = torch.compile(self._hidden)
-            self._chunk_loss = torch.compile(chunk_loss)
+            self._hidden = torch.compile(self._hidden, mode=compile_mode)
+            self._chunk_loss = torch.compile(chunk_loss, mode=compile_mode)
         num_micro = self._rows_per_step // self._train.micro_batch_rows
         self._shares = proportional_shares(num_micro, [1.0] * world.size)
-        self._peak = _peak_flops(world) * world.size
+        self._peak = peak_flops(world.device) * world.size
         self._last_step = 0
         self._reader: ThreadPoolExecutor | None = None
         self._ahead: tuple[tuple[int, int, int], Future[list[Batch]]] | None = None
@@ -248,22 +271,20 @@ class Trainer:
         num_targets = round(sum(self._world.gather(sum(b.num_targets for b in batches))))
         attended = sum(self._world.gather(float(sum(b.num_attended for b in batches))))
         self._attended = attended
-        for gradient in self._gradients.values():
-            gradient.zero_()
         total = torch.zeros((), dtype=torch.float32, device=self._world.device)
         parameters = dict(self._model.named_parameters())
-        names = list(self._gradients)
+        # The first micro-batch overwrites the last step's sums: a pass less than clearing them.
+        add: Callable[[list[Tensor], list[Tensor]], object] = torch._foreach_copy_
         for batch in batches:
             loss = self._loss(batch.to(self._world.device)) / max(1, num_targets)
             loss.backward()
             total += loss.detach()
-            torch._foreach_add_(
-                [self._gradients[name] for name in names],
-                [parameters[name].grad.float() for name in names],
-            )
+            new = by_original_name({n: p.grad for n, p in parameters.items()}, self._config)
+            add(list(self._gradients.values()), [new[name] for name in self._gradients])
+            add = torch._foreach_add_
             for parameter in parameters.values():
                 parameter.grad = None
-        self._world.sum_([*self._gradients.values(), total])
+        self._world.sum_([self._flat_gradient, total])
         return float(total), num_targets
 
     def _batches_of(self, step: int) -> list[Batch]:
@@ -299,7 +320,7 @@ class Trainer:
     def _loss(self, batch: Batch) -> Tensor:
         """Sum of the losses of a batch on the device."""
         mask = prepare_mask(self._train.attention, batch.documents, self._world.device)
-        hidden = self._hidden(batch.tokens, mask)
+        hidden = self._hidden(batch.tokens, mask, self._rotations)
         head = self._model.model.embed_tokens.weight
         if not self._config.tie_embeddings:
             head = self._model.lm_head.weight
@@ -311,14 +332,24 @@ class Trainer:
             self._chunk_loss,
         )
 
-    def _one_step(self, log: Log | None) -> StepRecord:
+    def advance(self, rows_of_step: int, *, on_update: Callable[[float], None]) -> StepRecord:
+        """One step on the rows of step `rows_of_step`, without log, validation or checkpoint.
+
+        For measurements: `on_update` gets the milliseconds from the last gradient to new weights.
+        """
+        self.step = rows_of_step
+        return self._one_step(None, on_update)
+
+    def _one_step(
+        self, log: Log | None, on_update: Callable[[float], None] | None = None
+    ) -> StepRecord:
         began = time.perf_counter()
         loss, num_targets = self.backward(self.step)
         compute_seconds = time.perf_counter() - began
         self._check_loss(loss, log)
         rate = learning_rate(self._train, self.step)
         norm, clipped = self._clip(log)
-        self._optimizer.step(self._gradients, self.step, rate)
+        self.optimizer.step(self._gradients, self.step, rate)
         if self.ema:
             names = list(self.ema)
             torch._foreach_lerp_(
@@ -332,6 +363,9 @@ class Trainer:
         if self._world.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
+        if on_update is not None:
+            # `backward` ends by reading the loss, which waits for the device.
+            on_update(1e3 * (seconds - compute_seconds))
         if self._balance and self.step % 20 == 0:
             mine = self._shares[self._world.rank] / compute_seconds
             self._shares = proportional_shares(sum(self._shares), self._world.gather(mine))
@@ -392,7 +426,7 @@ class Trainer:
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def _publish(self) -> None:
         """Copy the float32 weights into the model."""
-        parameters = dict(self._model.named_parameters())
+        parameters = by_original_name(dict(self._model.named_parameters()), self._config)
         torch._foreach_copy_(list(parameters.values()), [self.weights[name] for name in parameters])
 
     def _save(self) -> None:
@@ -410,7 +444,7 @@ class Trainer:
             state = TrainingState(
                 self.step,
                 self.weights,
-                self._optimizer.moments,
+                self.optimizer.moments,
                 self.ema,
                 facts,
                 torch.get_rng_state(),
@@ -441,7 +475,7 @@ class Trainer:
         self._loss_mean = facts["loss_mean"]
         self._bad_steps = int(facts["bad_steps"])
         self._clipper = GradientClipper(**facts["clipper"])
-        for name, moment in self._optimizer.moments.items():
+        for name, moment in self.optimizer.moments.items():
             moment.copy_(state.moments[name])
         for name, average in self.ema.items():
             average.copy_(state.ema[name])
@@ -470,24 +504,28 @@ def validation_loss(
 
 def _make_model(config: ModelConfig, train: TrainSpec, device: torch.device) -> Decoder:
     with torch.device("meta"):
-        model = Decoder(config)
+        model = FusedDecoder(config) if train.fused_projections else Decoder(config)
     model.to(_DTYPES[train.dtype])
     model.to_empty(device=device).requires_grad_()
     return model
 
 
-def _hidden_function(model: Decoder, kind: AttentionKind) -> Callable[[Tensor, Any], Tensor]:
-    def hidden(tokens: Tensor, mask: Any) -> Tensor:
-        out: Tensor = model.hidden(tokens, attend=attention_for(kind, mask))
+Hidden = Callable[[Tensor, Any, tuple[Tensor, Tensor]], Tensor]
+
+
+def _hidden_function(model: Decoder, kind: AttentionKind) -> Hidden:
+    def hidden(tokens: Tensor, mask: Any, rotations: tuple[Tensor, Tensor]) -> Tensor:
+        out: Tensor = model.hidden(tokens, attend=attention_for(kind, mask), rotations=rotations)
         return out
 
     return hidden
 
 
-def _peak_flops(world: World) -> float:
-    if world.device.type != "cuda":
+def peak_flops(device: torch.device) -> float:
+    """Dense bfloat16 operations a second of a device; 0 where they are not known."""
+    if device.type != "cuda":
         return 0.0
-    name = torch.cuda.get_device_name(world.device)
+    name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), 0.0)
 
 

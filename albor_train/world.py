@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,15 +34,29 @@ class World:
         return self.rank == 0
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each float32 tensor by its sum over all processes."""
+        """Replace each contiguous tensor by its sum over all processes."""
         if self.size == 1:
             return
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        dist.all_reduce(flat)
-        start = 0
         for tensor in tensors:
-            tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
-            start += tensor.numel()
+            dist.all_reduce(tensor)
+
+    def over_rows(self, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        """`function(rows)`, each process doing its share and all getting the whole, equal bits.
+
+        Args:
+            function: treats each row by itself and keeps the shape; rows of zeros are added
+                where they don't come out even.
+            rows: [K, ...], the same on every process.
+        """
+        if self.size == 1:
+            return function(rows)
+        share = -(-len(rows) // self.size)
+        spare = rows.new_zeros(share * self.size - len(rows), *rows.shape[1:])
+        first = self.rank * share
+        mine = function(torch.cat([rows, spare])[first : first + share]).contiguous()
+        every = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(every, mine)
+        return torch.cat(every)[: len(rows)]
 
     def gather(self, value: float) -> list[float]:
         """A number of each process, by rank."""

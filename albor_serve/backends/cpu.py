@@ -21,7 +21,7 @@ from albor_serve.backends.checks import (
     check_slot,
     check_steps,
 )
-from albor_serve.backends.thread_governor import ThreadGovernor
+from albor_serve.backends.thread_governor import ThreadGovernor, is_small_pass
 from albor_serve.checkpoint.gguf import GgufCheckpoint, llama3_factors
 from albor_serve.config import RopeConfig
 from albor_serve.errors import AlborError, BackendError
@@ -131,7 +131,8 @@ class CpuBackend:
             num_slots: sequences that are held at once, 1 to 64.
             max_seq_len: tokens that each slot can hold.
             num_threads: None takes the physical cores that this process may use, fewer while
-                other programs need them.
+                other programs need them, and one for passes so small that waking others does
+                not pay.
             progress: called with 0.0 to 1.0 while the weights are read.
             max_batch_len: most tokens in one `extend`.
             instruction_set: None takes the best that this processor has.
@@ -214,6 +215,8 @@ class CpuBackend:
         if total:
             if self._governor is not None:
                 self._num_threads = self._governor.threads()
+                if is_small_pass(self._info.weight_bytes, total):
+                    self._num_threads = 1
             done = decoder.extend(
                 self._tokens[:total],
                 self._slots[:total],

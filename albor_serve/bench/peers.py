@@ -66,6 +66,8 @@ class PeerOptions:
     threads: int
     llama_server: Path | None = None
     """A llama-server program to measure instead of the one inside xllamacpp."""
+    albor_chooses_threads: bool = False
+    """albor-serve isn't told `threads`: as in use, it fits them to the machine's load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,7 +300,9 @@ class AlborServer(_Http):
         super().__init__(kind)
         started = time.perf_counter()
         arguments = ["--port", "0", *extra]
-        arguments += ["--ctx", str(options.context), "--threads", str(options.threads)]
+        arguments += ["--ctx", str(options.context)]
+        if not options.albor_chooses_threads:
+            arguments += ["--threads", str(options.threads)]
         main = "import sys; from albor_serve.cli import main; sys.exit(main())"
         command = [sys.executable, "-c", main, str(path), *arguments]
         self._process = _Process(command)

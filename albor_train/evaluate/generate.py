@@ -9,20 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from albor_serve.checkpoint import open_checkpoint
+from albor_serve.config import ModelConfig
 from albor_serve.fim import FimTemplate, build_fim_prompt, detect_template
 from albor_serve.model import Attend, Decoder, KVCache, load_decoder
 from albor_serve.tokenizer import JsonTokenizer, Tokenizer
 from albor_train.errors import EvaluationError
 from albor_train.evaluate.problems import Problem
 
-__all__ = ["Answerer", "Prompt"]
+__all__ = ["Answerer", "AnySource", "Encoder", "Prompt"]
 
 _NEVER: Final = float("-inf")
 
@@ -33,6 +34,47 @@ class Prompt:
 
     tokens: tuple[int, ...]
     forced: bytes = b""
+
+
+class Encoder(Protocol):
+    """What measurements need of a tokenizer."""
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a text."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+
+
+class AnySource(Protocol):
+    """What measurements need of a model: `Answerer`, or a server (see served.py)."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shape."""
+
+    @property
+    def model(self) -> Decoder:
+        """The weights, for likelihoods."""
+
+    @property
+    def tokenizer(self) -> Encoder:
+        """Texts to tokens."""
+
+    def prompt_of(self, problem: Problem, max_answer: int, *, heal: bool = True) -> Any:
+        """What `answer` takes for a problem."""
+
+    def answer(
+        self,
+        prompts: Sequence[Any],
+        *,
+        max_answer: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        is_done: Callable[[int, str], bool] = ...,
+    ) -> list[str]:
+        """An answer for each prompt."""
 
 
 class Answerer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,9 +18,9 @@ from torch.nn import functional
 from albor_train.artefact import write_json
 from albor_train.data import Document
 from albor_train.errors import EvaluationError
-from albor_train.evaluate.generate import Answerer
-from albor_train.evaluate.problems import BENCHMARKS, Problem, load_problems
-from albor_train.evaluate.sandbox import run_programs
+from albor_train.evaluate.generate import AnySource
+from albor_train.evaluate.problems import BENCHMARKS, Benchmark, Problem, load_problems
+from albor_train.evaluate.sandbox import Interpreter, run_programs
 from albor_train.evaluate.scores import bootstrap_interval, edit_similarity, pass_at_k
 from albor_train.fim import choose_span, split_chunks
 from albor_train.spec import SpanKind
@@ -53,15 +54,18 @@ class Result:
 
 
 def bits_per_byte(
-    answerer: Answerer, documents: Sequence[Document], max_tokens: int
+    answerer: AnySource, documents: Sequence[Document], max_tokens: int
 ) -> list[Result]:
     """Bits for each UTF-8 byte of held-out text, and nats for each token, left to right.
 
     Long documents are cut into windows of half the context with the half before as context.
+    Documents are taken in an order of chance, always the same, so that fewer than all are a fair
+    sample of every project.
 
     Raises:
         EvaluationError: there is no text.
     """
+    documents = sorted(documents, key=_by_chance)
     length = answerer.config.max_seq_len
     nats = tokens_done = 0.0
     bits: list[float] = []
@@ -94,8 +98,12 @@ def bits_per_byte(
     ]
 
 
+def _by_chance(document: Document) -> bytes:
+    return hashlib.sha256(f"{document.project}/{document.path}".encode()).digest()
+
+
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def _nats(answerer: Answerer, window: list[int], count: int) -> float:
+def _nats(answerer: AnySource, window: list[int], count: int) -> float:
     """Sum of -log p of the last `count` tokens of a window."""
     device = next(answerer.model.parameters()).device
     tokens = torch.tensor([window], device=device)
@@ -105,7 +113,7 @@ def _nats(answerer: Answerer, window: list[int], count: int) -> float:
 
 
 def fim_on_held_out(
-    answerer: Answerer,
+    answerer: AnySource,
     documents: Sequence[Document],
     *,
     per_kind: int,
@@ -135,8 +143,7 @@ def fim_on_held_out(
         exact: list[float] = []
         similar: list[float] = []
         for problem, answer in zip(spans, answers, strict=True):
-            lines = problem.reference.count("\n") + 1
-            cut = "".join(answer.splitlines(keepends=True)[:lines]).rstrip()
+            cut = _first_lines(answer, problem.reference)
             exact.append(float(cut == problem.reference.rstrip()))
             similar.append(edit_similarity(cut, problem.reference.rstrip()))
         for metric, values in (("exact_match", exact), ("edit_similarity", similar)):
@@ -145,7 +152,7 @@ def fim_on_held_out(
 
 
 def _held_out_spans(
-    answerer: Answerer,
+    answerer: AnySource,
     documents: Sequence[Document],
     kind: SpanKind,
     count: int,
@@ -153,6 +160,7 @@ def _held_out_spans(
     max_answer: int,
 ) -> list[Problem]:
     found: list[Problem] = []
+    documents = sorted(documents, key=_by_chance)
     for turn in range(8):
         for document in documents:
             digest = hashlib.sha256(f"{seed}/{turn}/{kind}/{document.path}".encode()).digest()
@@ -185,34 +193,62 @@ def _held_out_spans(
     )
 
 
-def self_test(problems: Sequence[Problem], name: str, *, processes: int) -> None:
+def self_test(
+    problems: Sequence[Problem], name: str, *, processes: int, python: str = sys.executable
+) -> frozenset[str]:
     """Run every reference answer: all must pass, or the scores would mean nothing.
 
+    Returns:
+        Ids of problems that can't be scored here, where the benchmark allows some.
+
     Raises:
-        EvaluationError: one fails, or a program that must fail passes.
+        EvaluationError: one fails (or too many of a benchmark that allows some), or a program
+            that must fail passes.
     """
-    bad = BENCHMARKS[name].known_bad if name in BENCHMARKS else frozenset()
-    problems = [problem for problem in problems if problem.task_id not in bad]
+    benchmark = BENCHMARKS.get(name, Benchmark("", _no_problem))
+    problems = [problem for problem in problems if problem.task_id not in benchmark.known_bad]
     sources = [problem.program(problem.reference) for problem in problems]
+    interpreter = _interpreter(benchmark, python)
+    seconds = 3 * benchmark.seconds
+    outcomes = list(
+        run_programs(sources, processes=processes, seconds=seconds, interpreter=interpreter)
+    )
     failed = [
         f"{problem.task_id} ({outcome.reason})"
-        for problem, outcome in zip(
-            problems, run_programs(sources, processes=processes, seconds=30.0), strict=True
-        )
+        for problem, outcome in zip(problems, outcomes, strict=True)
         if not outcome.passed
     ]
-    if failed:
+    if len(failed) > (1 - benchmark.needed_share) * len(problems):
         raise EvaluationError(
             f"{name}: {len(failed)} of {len(problems)} reference answers fail, such as "
-            f"{', '.join(failed[:_SHOWN_FAILURES])}: the set or the sandbox is broken"
+            f"{', '.join(failed[:_SHOWN_FAILURES])}: the set, the sandbox or its libraries "
+            f"({', '.join(benchmark.preload) or 'none'}) are broken"
         )
     failing = [f"{problem.program(problem.reference)}\nassert False" for problem in problems[:4]]
-    if any(outcome.passed for outcome in run_programs(failing, processes=processes)):
+    if any(
+        outcome.passed
+        for outcome in run_programs(
+            failing, processes=processes, seconds=seconds, interpreter=interpreter
+        )
+    ):
         raise EvaluationError(f"{name}: a failing program passes: the sandbox is broken")
+    return frozenset(
+        problem.task_id
+        for problem, outcome in zip(problems, outcomes, strict=True)
+        if not outcome.passed
+    )
+
+
+def _interpreter(benchmark: Benchmark, python: str) -> Interpreter:
+    return Interpreter(python, benchmark.preload, benchmark.memory_bytes)
+
+
+def _no_problem(raw: dict[str, Any]) -> Problem:
+    raise EvaluationError(f"{raw} belongs to no benchmark")
 
 
 def run_benchmark(
-    answerer: Answerer,
+    answerer: AnySource,
     folder: Path,
     name: str,
     *,
@@ -222,8 +258,13 @@ def run_benchmark(
     processes: int = 2,
     every: int = 1,
     heal: bool = True,
+    python: str = sys.executable,
 ) -> tuple[list[Result], list[dict[str, Any]]]:
     """Answer a benchmark's problems, run them, and score.
+
+    Args:
+        every: take every n-th problem.
+        python: interpreter of the sandbox, for benchmarks whose tests need libraries.
 
     Returns:
         pass@1 (and @10, @100 where there are enough samples), for infilling exact match too; and
@@ -233,7 +274,8 @@ def run_benchmark(
         EvaluationError: the reference answers don't pass, or no answer holds any text.
     """
     problems = load_problems(folder, name, every=every)
-    self_test(problems, name, processes=processes)
+    unfit = self_test(problems, name, processes=processes, python=python)
+    problems = [problem for problem in problems if problem.task_id not in unfit]
     limit = _ANSWER_TOKENS.get(name, _DEFAULT_ANSWER_TOKENS)
     limit = min(limit, answerer.config.max_seq_len // 2)
     prompts = [
@@ -252,7 +294,14 @@ def run_benchmark(
     if not any(answer.strip() for answer in answers):
         raise EvaluationError(f"{name}: every answer is blank: the model or its prompt is broken")
     sources = [problem.program(answer) for problem, answer in zip(repeated, answers, strict=True)]
-    outcomes = list(run_programs(sources, processes=processes))
+    outcomes = list(
+        run_programs(
+            sources,
+            processes=processes,
+            seconds=BENCHMARKS[name].seconds,
+            interpreter=_interpreter(BENCHMARKS[name], python),
+        )
+    )
     by_task: dict[str, list[int]] = defaultdict(list)
     for index, problem in enumerate(repeated):
         by_task[problem.task_id].append(index)
@@ -268,6 +317,10 @@ def run_benchmark(
         pairs = list(zip(repeated, answers, strict=True))
         exact = [float(a.rstrip() == p.reference.rstrip()) for p, a in pairs]
         results.append(_result(name, "exact_match", exact))
+        if not problems[0].max_lines:
+            # What the model knows, apart from where it ends.
+            begins = [float(_first_lines(a, p.reference) == p.reference.rstrip()) for p, a in pairs]
+            results.append(_result(name, "exact_match_of_as_many_lines", begins))
         similar = [edit_similarity(a.rstrip(), p.reference.rstrip()) for p, a in pairs]
         results.append(_result(name, "edit_similarity", similar))
     details = [
@@ -279,7 +332,17 @@ def run_benchmark(
         }
         for problem, answer, outcome in zip(repeated, answers, outcomes, strict=True)
     ]
+    details += [
+        {"task_id": task_id, "answer": None, "passed": None, "reason": "its reference fails here"}
+        for task_id in sorted(unfit)
+    ]
     return results, details
+
+
+def _first_lines(answer: str, reference: str) -> str:
+    """As many lines of the answer as the reference has, without trailing blanks."""
+    lines = reference.rstrip().count("\n") + 1
+    return "\n".join(answer.split("\n")[:lines]).rstrip()
 
 
 def _result(task: str, metric: str, values: Sequence[float]) -> Result:

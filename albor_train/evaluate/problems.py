@@ -1,4 +1,8 @@
-"""Benchmarks: HumanEval, HumanEval-Infilling and MBPP, as problems with a prompt and a test."""
+"""Benchmarks as problems with a prompt and a test.
+
+HumanEval (Chen et al. 2021), HumanEval-Infilling (Bavarian et al. 2022), MBPP (Austin et al.
+2021), the longer tests of HumanEval+ and MBPP+ (Liu et al. 2023), DS-1000 (Lai et al. 2023).
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,10 @@ from typing import Any, Final
 from albor_train.decontaminate import evaluation_texts
 from albor_train.errors import EvaluationError
 
-__all__ = ["BENCHMARKS", "Problem", "load_problems"]
+__all__ = ["BENCHMARKS", "Benchmark", "Problem", "load_problems"]
 
 HUMANEVAL_STOPS: Final = ("\nclass ", "\ndef ", "\n#", "\n@", "\nprint(", "\nif ", "\n```")
+DS1000_STOPS: Final = ("</code>", "# SOLUTION END")
 MBPP_STOPS: Final = ("\nclass ", "\nassert ", '\n"""', "\nprint(", "\nif ", "\n```")
 
 
@@ -34,9 +39,13 @@ class Problem:
     """What precedes the program's text when it is run."""
     test: str
     """What follows it."""
+    runs_answer_as: str = ""
+    """Name that the test knows the answer by as a string; empty where the answer is run as code."""
 
     def program(self, answer: str) -> str:
         """The program to run for an answer; it raises if the answer is wrong."""
+        if self.runs_answer_as:
+            return f"{self.head}\n{self.runs_answer_as} = {answer!r}\n{self.test}\n"
         shown = "" if self.head else self.prefix
         return f"{self.head}{shown}{answer}{self.suffix or ''}\n{self.test}\n"
 
@@ -85,6 +94,32 @@ def _mbpp(raw: dict[str, Any]) -> Problem:
     )
 
 
+def _mbpp_plus(raw: dict[str, Any]) -> Problem:
+    # The prompt is MBPP's own form; the tests are more.
+    tests = "\n".join(raw["test_list"])
+    prompt = f'"""\n{raw["prompt"]}\n{tests}\n"""\n'
+    task_id = f"MBPP/{raw['task_id']}"
+    return Problem(task_id, prompt, None, raw["code"], MBPP_STOPS, 0, "\n", raw["test"])
+
+
+def _ds1000(raw: dict[str, Any]) -> Problem:
+    checks = ["test_execution(answer)"]
+    if "def test_string(" in raw["code_context"]:
+        checks.append("test_string(answer)")
+    meta = raw["metadata"]
+    return Problem(
+        f"DS-1000/{meta['library']}/{meta['problem_id']}",
+        raw["prompt"],
+        None,
+        raw["reference_code"],
+        DS1000_STOPS,
+        0,
+        raw["code_context"],
+        "\n".join(checks),
+        runs_answer_as="answer",
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Benchmark:
     """A file of problems."""
@@ -94,6 +129,14 @@ class Benchmark:
     keep: Callable[[dict[str, Any]], bool] = lambda _: True
     known_bad: frozenset[str] = frozenset()
     """Problems whose own reference fails: counted, but left out of the self-test."""
+    preload: tuple[str, ...] = ()
+    """Libraries that the tests need."""
+    seconds: float = 10.0
+    """For one program."""
+    memory_bytes: int = 1 << 30
+    needed_share: float = 1.0
+    """Share of the references that must pass. Below 1, those that fail (a library of another
+    release, no network) are named in the answers' file and left out of the score."""
 
 
 BENCHMARKS: Final = {
@@ -113,6 +156,28 @@ BENCHMARKS: Final = {
         _mbpp,
         lambda raw: 11 <= int(raw["task_id"]) <= 510,
         frozenset({"MBPP/367"}),
+    ),
+    # The reference of HumanEval/32 has another signature than its longer tests.
+    "humaneval-plus": Benchmark(
+        "HumanEvalPlus-OriginFmt",
+        _humaneval,
+        known_bad=frozenset({"HumanEval/32"}),
+        preload=("numpy",),
+        seconds=60.0,
+        memory_bytes=4 << 30,
+    ),
+    "mbpp-plus": Benchmark(
+        "MbppPlus-OriginFmt", _mbpp_plus, preload=("numpy",), seconds=60.0, memory_bytes=4 << 30
+    ),
+    # Problems of torch and TensorFlow need those, and are left out.
+    "ds1000": Benchmark(
+        "ds1000",
+        _ds1000,
+        lambda raw: raw["metadata"]["library"] not in ("Pytorch", "Tensorflow"),
+        preload=("numpy", "pandas", "scipy.stats", "sklearn", "matplotlib.pyplot"),
+        seconds=60.0,
+        memory_bytes=4 << 30,
+        needed_share=0.9,
     ),
 }
 """Benchmarks by the name that specs use."""

@@ -23,7 +23,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["Outcome", "run_program", "run_programs"]
+from albor_train.errors import EvaluationError
+
+__all__ = ["PLAIN", "Interpreter", "Outcome", "run_program", "run_programs"]
 
 _RUNNER: Final = r"""
 import json, os, resource, sys
@@ -75,6 +77,8 @@ token, source, report = job.pop("token"), job.pop("source"), os.dup(1)
 null = os.open(os.devnull, os.O_RDWR)
 for number in (0, 1, 2):
     os.dup2(null, number)
+for name in job["preload"]:
+    __import__(name)
 def main(write, leave, token):
     code = compile(source, "<program>", "exec")
     sys.addaudithook(hook)
@@ -101,30 +105,54 @@ class Outcome:
     """"passed", "timed out", "failed: ERROR" or "died"."""
 
 
-def run_program(source: str, *, seconds: float = 10.0, memory_bytes: int = 1 << 30) -> Outcome:
+@dataclass(frozen=True, slots=True)
+class Interpreter:
+    """The Python that runs programs, and what it imports for them."""
+
+    python: str = sys.executable
+    preload: tuple[str, ...] = ()
+    """Libraries imported before the audit hook, which would refuse them to load native code."""
+    memory_bytes: int = 1 << 30
+    """Limit of the address space."""
+
+
+PLAIN: Final = Interpreter()
+"""This Python without any installed package."""
+
+
+def run_program(source: str, *, seconds: float = 10.0, interpreter: Interpreter = PLAIN) -> Outcome:
     """Run a program to its end, or stop it. Nothing it wrote remains.
 
     Args:
         source: Python text, tests included; it must raise if a test fails.
         seconds: wall-clock limit.
-        memory_bytes: limit of its address space.
+        interpreter: the Python, its preloaded libraries and its memory.
+
+    Raises:
+        EvaluationError: the interpreter does not start.
     """
     token = secrets.token_hex(16)
     job = {
         "source": source,
         "token": token,
-        "memory_bytes": memory_bytes,
+        "memory_bytes": interpreter.memory_bytes,
+        "preload": interpreter.preload,
         "cpu_seconds": max(1, round(seconds) + 1),
     }
     with tempfile.TemporaryDirectory(prefix="albor-eval-") as folder:
-        process = subprocess.Popen(  # noqa: S603 - this interpreter, isolated
-            [sys.executable, "-I", "-S", "-B", "-c", _RUNNER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-            env={"PATH": "", "HOME": folder, "TMPDIR": folder, "PYTHONHASHSEED": "0"},
-            start_new_session=True,
+        packages = [] if interpreter.preload else ["-S"]
+        process = _start(
+            [interpreter.python, "-I", *packages, "-B", "-c", _RUNNER],
+            folder,
+            {
+                "PATH": "",
+                "HOME": folder,
+                "TMPDIR": folder,
+                "PYTHONHASHSEED": "0",
+                "MPLBACKEND": "agg",
+                "OMP_NUM_THREADS": "1",
+                "OPENBLAS_NUM_THREADS": "1",
+            },
         )
         try:
             out, _ = process.communicate(json.dumps(job).encode(), timeout=seconds)
@@ -140,9 +168,30 @@ def run_program(source: str, *, seconds: float = 10.0, memory_bytes: int = 1 << 
     return Outcome(False, text[:80] if text.startswith("failed: ") else "died")
 
 
+def _start(command: list[str], folder: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(  # noqa: S603 - the interpreter that was asked for
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env=environment,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise EvaluationError(f"{command[0]} can't be started: {error.strerror}") from error
+
+
 def run_programs(
-    sources: Sequence[str], *, processes: int, seconds: float = 10.0
+    sources: Sequence[str],
+    *,
+    processes: int,
+    seconds: float = 10.0,
+    interpreter: Interpreter = PLAIN,
 ) -> Iterator[Outcome]:
     """`run_program` of many, several at a time; outcomes in order."""
     with ThreadPoolExecutor(processes) as pool:
-        yield from pool.map(lambda source: run_program(source, seconds=seconds), sources)
+        yield from pool.map(
+            lambda source: run_program(source, seconds=seconds, interpreter=interpreter), sources
+        )

@@ -253,7 +253,16 @@ class Service:
 
 async def _probe(client: HttpClient, model: str) -> Capabilities:
     """Find out what answers, and how it is asked to fill in the middle. Raises LspError."""
-    answer = await client.get("/v1/models", timeout_s=PROBE_S)
+    try:
+        answer = await client.get("/v1/models", timeout_s=PROBE_S)
+    except ServerRefusedError as error:
+        if error.status in (401, 403, 503):
+            raise
+        raise ServerRefusedError(
+            error.status,
+            f"{client.address} is no completion server (HTTP {error.status} for /v1/models): "
+            "check serverUrl",
+        ) from error
     models = answer.get("data", []) if isinstance(answer, dict) else []
     first = models[0] if models and isinstance(models[0], dict) else {}
     name = model or str(first.get("id", ""))

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from albor_serve.backends.thread_governor import CpuTimes, ThreadGovernor, read_cpu_times
+from albor_serve.backends.thread_governor import (
+    CpuTimes,
+    ThreadGovernor,
+    is_small_pass,
+    read_cpu_times,
+)
 
 
 class Machine:
@@ -135,3 +140,11 @@ def test_strange_files_give_none(tmp_path: Path, stat: str | None) -> None:
         (tmp_path / "stat").write_text(stat)
         (tmp_path / "loadavg").write_text("0 0 0 1/1 1\n")
     assert read_cpu_times(tmp_path) is None
+
+
+def test_few_rows_of_a_small_model_are_left_to_one_thread() -> None:
+    small, large = 19 << 20, 150 << 20
+    assert is_small_pass(small, 1)
+    assert is_small_pass(small, 8)
+    assert not is_small_pass(small, 16)
+    assert not is_small_pass(large, 1)

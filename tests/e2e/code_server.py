@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import time
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,14 +21,28 @@ import psutil
 from playwright.sync_api import Page
 from playwright.sync_api import TimeoutError as PageTimeoutError
 
-__all__ = ["CHROMIUM", "CODE_SERVER", "CodeServer", "Window", "wait_for"]
+__all__ = [
+    "CHROMIUM",
+    "CODE_SERVER",
+    "CodeServer",
+    "Window",
+    "activation_ms",
+    "empty_extension",
+    "free_port",
+    "running",
+    "wait_for",
+]
 
 CHROMIUM = os.environ.get("ALBOR_CHROMIUM") or shutil.which("chromium") or shutil.which("chrome")
-CODE_SERVER = os.environ.get("ALBOR_CODE_SERVER")
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+_CACHED = _CACHE / "albor-e2e" / "code-server" / "code-server"
+#: What the variable names, else what tests/e2e/get_code_server.sh has put into the cache.
+CODE_SERVER = os.environ.get("ALBOR_CODE_SERVER") or (str(_CACHED) if _CACHED.is_file() else None)
 
-WAIT_MS = 15_000
-TRIES = 3
-TRY_MS = 4_000
+#: Generous: a machine with other work must not fail a test, and one that passes waits for nothing.
+WAIT_MS = 30_000
+TRIES = 4
+TRY_MS = 6_000
 START_S = 60.0
 STOP_S = 15.0
 TYPING_MS = 35
@@ -57,12 +73,18 @@ SETTINGS: dict[str, Any] = {
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = WAIT_MS / 1000) -> Any:
-    """Poll until `condition` gives something true, and return that; fails naming `what`."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    """Poll until `condition` gives something true, and return that; fails naming `what`.
+
+    A time in which this process was stopped or got no CPU counts as one second at most.
+    """
+    waited, last = 0.0, time.monotonic()
+    while waited < seconds:
         if value := condition():
             return value
         time.sleep(0.05)
+        now = time.monotonic()
+        waited += min(now - last, 1.0)
+        last = now
     raise AssertionError(f"after {seconds:.0f} s still no {what}")
 
 
@@ -72,6 +94,36 @@ def free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
         return port
+
+
+#: An extension that does nothing, which an activation's cost is compared with.
+EMPTY = "tests.nothing"
+_EMPTY_MANIFEST = """<?xml version="1.0" encoding="utf-8"?>
+<PackageManifest Version="2.0.0" xmlns="http://schemas.microsoft.com/developer/vsx-schema/2011">
+<Metadata><Identity Language="en-US" Id="nothing" Version="1.0.0" Publisher="tests"/>
+<DisplayName>nothing</DisplayName></Metadata>
+<Installation><InstallationTarget Id="Microsoft.VisualStudio.Code"/></Installation><Dependencies/>
+<Assets><Asset Type="Microsoft.VisualStudio.Code.Manifest" Path="extension/package.json"/></Assets>
+</PackageManifest>"""
+
+
+def empty_extension(path: Path) -> Path:
+    """Write a package at `path` whose extension starts when albor's does, and does nothing."""
+    publisher, _, name = EMPTY.partition(".")
+    package = {
+        "name": name,
+        "publisher": publisher,
+        "version": "1.0.0",
+        "engines": {"vscode": "^1.91.0"},
+        "main": "./nothing.js",
+        "extensionKind": ["workspace"],
+        "activationEvents": ["onStartupFinished"],
+    }
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("extension.vsixmanifest", _EMPTY_MANIFEST)
+        file.writestr("extension/package.json", json.dumps(package))
+        file.writestr("extension/nothing.js", "exports.activate = () => {};\n")
+    return path
 
 
 class CodeServer:
@@ -154,7 +206,8 @@ class CodeServer:
     def children(self) -> list[psutil.Process]:
         """Every process under code-server's."""
         with contextlib.suppress(psutil.NoSuchProcess):
-            return psutil.Process(self._process.pid).children(recursive=True)
+            under: list[psutil.Process] = psutil.Process(self._process.pid).children(recursive=True)
+            return under
         return []
 
     def stop(self) -> list[str]:
@@ -199,10 +252,24 @@ class Window:
 
     # What a person does
 
-    def open(self, name: str) -> None:
-        """Open a file of the folder by name and put the cursor at its end."""
-        self._choose("Control+p", name, f'[aria-label^="{name}"]')
+    def open(self, name: str, anyway: bool = False) -> None:
+        """Open a file of the folder by name, or any by its full path; the cursor goes to its end.
+
+        With `anyway` the editor is expected to ask first, as for a huge or binary file.
+        """
+        # A full path needs no search of the folder.
+        path = self.folder / name
+        name = path.name
+        self._choose("Control+p", str(path), f'[aria-label^="{name}"]')
         self.page.locator(f'.tab.active[data-resource-name="{name}"]').wait_for()
+        if anyway:
+            self.page.locator(".monaco-editor-pane-placeholder", has_text="Open Anyway").wait_for()
+            self.page.get_by_text("Open Anyway").click()
+            choice = self.page.locator(".quick-input-list .monaco-list-row", has_text="Text Editor")
+            lines = self.page.locator(".editor-instance .view-line")
+            choice.or_(lines).first.wait_for(timeout=2 * WAIT_MS)
+            if choice.count() > 0:
+                choice.first.click()
         self.page.wait_for_selector(".editor-instance .view-line")
         self.page.keyboard.press("Control+End")
 
@@ -321,13 +388,23 @@ class Window:
         label = item.first.locator("a").get_attribute("aria-label") or ""
         return f"{item.first.inner_text()} | {label}"
 
+    def point_at_status(self) -> str:
+        """Hold the pointer over the status bar item; returns what pops up."""
+        self.page.locator('.statusbar-item[id="albor.albor.albor.status"]').hover()
+        box = self.page.locator(".monaco-hover:visible", has_text="Click for the menu")
+        box.first.wait_for()
+        return box.first.inner_text()
+
     def wait_status(self, text: str, seconds: float = WAIT_MS / 1000) -> str:
         """Wait until the status bar item holds `text`."""
-        found: str = wait_for(
-            lambda: status if text in (status := self.status()) else "",
-            f"status with {text!r}",
-            seconds,
-        )
+        try:
+            found: str = wait_for(
+                lambda: status if text in (status := self.status()) else "",
+                f"status with {text!r}",
+                seconds,
+            )
+        except AssertionError as error:
+            raise AssertionError(f"{error}: it is {self.status()!r}") from None
         return found
 
     def pick(self, label: str) -> None:
@@ -347,10 +424,37 @@ class Window:
         """The boxes that have popped up."""
         return self.page.locator(".notification-toast").all_inner_texts()
 
-    def screenshot(self, path: Path) -> None:
-        """Save what is to be seen as a PNG file."""
+    def screenshot(self, path: Path, corner: tuple[int, int] | None = None) -> None:
+        """Save what is to be seen as a PNG file; with `corner`, the lower right of that size."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.page.screenshot(path=path)
+        size = self.page.viewport_size
+        if corner is None or size is None:
+            self.page.screenshot(path=path)
+            return
+        width, height = corner
+        left, top = size["width"] - width, size["height"] - height
+        self.page.screenshot(
+            path=path, clip={"x": left, "y": top, "width": width, "height": height}
+        )
+
+
+def activation_ms(window: Window, name: str) -> float | None:
+    """What the editor says that loading and activating an extension took; None if it doesn't.
+
+    The window is made high: rows out of sight are not in the page.
+    """
+    window.page.set_viewport_size({"width": 1000, "height": 1800})
+    window.run("Developer: Show Running Extensions")
+    rows = window.page.locator(".runtime-extensions-editor .monaco-list-row", has_text=name)
+
+    def found() -> re.Match[str] | None:
+        texts = " ".join(rows.all_inner_texts())
+        return re.search(r"Activation: (\d+)ms", texts)
+
+    try:
+        return float(wait_for(found, f"activation of {name}", 10)[1])
+    except AssertionError:
+        return None
 
 
 @contextlib.contextmanager

@@ -1,19 +1,26 @@
 #!/bin/sh
 # A real VS Code for the end-to-end tests: code-server and the Node that it wants, both from the
-# npm registry, nothing installed outside DIR (about 650 MB). Needs a C++ compiler.
-# Usage: get_code_server.sh DIR     -> DIR/code-server (start it with this)
+# npm registry, nothing installed outside DIR (about 650 MB). Needs npm and a C++ compiler.
+# Usage: get_code_server.sh [DIR]     -> prints DIR/code-server (start it with this)
+# Without DIR it goes into the cache, where the tests look for it. Once it is there, running this
+# again does nothing.
 set -eu
 CODE_SERVER=4.139.1 # = VS Code 1.139.1
 NODE=24.21.0
 
-[ $# -eq 1 ] || { echo "usage: $0 DIR" >&2; exit 2; }
-mkdir -p "$1"
-dir=$(cd "$1" && pwd)
+[ $# -le 1 ] || { echo "usage: $0 [DIR]" >&2; exit 2; }
+dir=${1:-${XDG_CACHE_HOME:-$HOME/.cache}/albor-e2e/code-server}
+mkdir -p "$dir"
+dir=$(cd "$dir" && pwd)
 stamp="$dir/version"
 if [ "$(cat "$stamp" 2>/dev/null || true)" = "$CODE_SERVER $NODE" ]; then
     echo "$dir/code-server"
     exit 0
 fi
+
+for tool in npm tar "${CXX:-g++}"; do
+    command -v "$tool" >/dev/null || { echo "code-server needs $tool: install it first" >&2; exit 1; }
+done
 
 case "$(uname -s)-$(uname -m)" in
 Linux-x86_64) platform=linux-x64 ;;

@@ -24,7 +24,7 @@ marks: Final = [
     pytest.mark.timeout(300),
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
     pytest.mark.skipif(
-        CODE_SERVER is None, reason="needs ALBOR_CODE_SERVER: tests/e2e/get_code_server.sh DIR"
+        CODE_SERVER is None, reason="needs code-server: sh tests/e2e/get_code_server.sh"
     ),
     pytest.mark.skipif(not VSIX.is_file(), reason="needs the extension: make vsix"),
 ]

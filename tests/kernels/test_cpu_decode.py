@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from albor_serve.backends import thread_governor
 from albor_serve.backends.base import Aborted, Backend, ExtendStep, LogitRows
 from albor_serve.backends.cpu import CpuBackend, rope_tables, unsupported
 from albor_serve.checkpoint import GgufCheckpoint
@@ -220,6 +222,29 @@ def test_refuses_what_it_cannot_hold(fresh: CpuBackend) -> None:
         extend(fresh, [fresh.info.vocab_size])
     with pytest.raises(BackendError, match="0 or more"):
         fresh.rewind(0, -1)
+
+
+def test_small_passes_are_left_to_one_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_tiny(tmp_path, "Q4_0")
+    made = CpuBackend(checkpoint, 1, 32, 2)
+    used: list[int] = []
+    monkeypatch.setattr(made, "_governor", SimpleNamespace(threads=lambda: 2))
+    run = made._open().extend
+
+    def spy(*arguments: Any) -> int:
+        used.append(arguments[5])
+        return run(*arguments)
+
+    monkeypatch.setattr(made._open(), "extend", spy)
+    try:
+        extend(made, [1])
+        monkeypatch.setattr(thread_governor, "SMALL_PASS_BYTES", 0)
+        extend(made, [2])
+    finally:
+        made.close()
+    assert used == [1, 2]
 
 
 def test_closing(tmp_path: Path) -> None:

@@ -245,6 +245,22 @@ def test_a_wrong_key_is_said_once_and_a_right_one_heals() -> None:
     run(main())
 
 
+@pytest.mark.parametrize("status", [404, 405, 501])
+def test_something_else_on_the_port_is_told_with_its_address(status: int) -> None:
+    async def main() -> None:
+        async with FakeServer() as server:
+            server.status = status
+            service, healths = service_of(server)
+            service.start()
+            await until(lambda: bool(healths))
+            assert healths[0].state == "error"
+            assert f"http://127.0.0.1:{server.port} is no completion server" in healths[0].message
+            assert "check serverUrl" in healths[0].message
+            await service.close()
+
+    run(main())
+
+
 def test_a_server_that_goes_and_comes_back() -> None:
     async def main() -> None:
         async with FakeServer(lambda _body: "x") as server:  # noqa: SIM117

@@ -73,6 +73,7 @@ def test_an_exported_model_is_known_as_suffix_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_reproduce_tiny(tmp_path: Path) -> None:
     spec = Path(__file__).parents[2] / "specs/stdlib.yaml"
     assert main(["reproduce", str(spec), "--tiny", "--work", str(tmp_path), "--jobs", "2"]) == 0

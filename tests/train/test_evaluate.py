@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import math
@@ -21,8 +22,10 @@ from albor_train.evaluate.measure import (
     table,
     write_results,
 )
-from albor_train.evaluate.problems import load_problems
+from albor_train.evaluate.problems import BENCHMARKS, load_problems
 from albor_train.evaluate.sandbox import Outcome
+from albor_train.evaluate.served import ServedAnswerer, serve_answers
+from albor_train.export import export_gguf
 from albor_train.runs import save_model_folder
 from albor_train.spec import load_spec
 from albor_train.tokenizer import train_tokenizer
@@ -88,9 +91,12 @@ def test_answers_begin_with_what_was_typed(answerer: Answerer) -> None:
     assert not free.startswith("ze")
     # One token for each typed byte is the most that forcing may need; the rest is the answer.
     seen: list[str] = []
-    forced = answerer.answer(
-        [Prompt(ids, b"zebra_")], max_answer=14, is_done=lambda _, text: bool(seen.append(text))
-    )[0]
+
+    def is_done(_: int, text: str) -> bool:
+        seen.append(text)
+        return False
+
+    forced = answerer.answer([Prompt(ids, b"zebra_")], max_answer=14, is_done=is_done)[0]
     assert seen[0] == ""
     assert forced != ""
     by_hand = answerer.tokenizer.encode("zebra_")
@@ -143,6 +149,18 @@ def test_benchmark_runs_answers(answerer: Answerer, tmp_path: Path) -> None:
     assert [r.metric for r in results] == ["pass@1", "exact_match", "edit_similarity"]
     assert len(details) == 3
     assert results[0].value == sum(d["passed"] for d in details) / 3
+
+
+def test_where_an_answer_ends_is_told_apart_from_what_it_says(
+    answerer: Answerer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_set(tmp_path, "HumanEval-MultiLineInfilling", [problem(i) for i in range(2)])
+    answers = ["return x + 1\n    and more", "return x\n"]
+    monkeypatch.setattr(answerer, "answer", lambda prompts, **_: answers)
+    results, _ = run_benchmark(answerer, tmp_path, "infilling-multi-line", processes=1)
+    by_metric = {r.metric: r.value for r in results}
+    assert by_metric["exact_match"] == 0
+    assert by_metric["exact_match_of_as_many_lines"] == 0.5
 
 
 def test_right_answers_pass(
@@ -215,3 +233,118 @@ def test_results_have_the_harness_shape(tmp_path: Path) -> None:
     assert data["humaneval"]["pass@1"] == 0.25
     assert data["config"]["model"] == "m"
     assert "25.0 (10.0 to 40.0; n = 164)" in table({"m": results})
+
+
+def test_plus_tests_run_with_their_library(
+    answerer: Answerer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test = "import numpy as np\n" + TEST.replace("candidate(1)", "int(np.sum([candidate(1)]))")
+    write_set(tmp_path, "HumanEvalPlus-OriginFmt", [problem(0, test=test)])
+    monkeypatch.setattr(answerer, "answer", lambda prompts, **_: ["return x + 1\n"])
+    results, _ = run_benchmark(answerer, tmp_path, "humaneval-plus", processes=1)
+    assert results[0].value == 1.0
+
+
+def ds1000_problem(number: int, reference: str = "result = x + 1") -> dict[str, Any]:
+    context = (
+        "def test_execution(solution):\n"
+        "    env = {'x': 1}\n    exec(solution, env)\n    assert env['result'] == 2\n"
+        "def test_string(solution):\n    assert 'while' not in solution\n"
+    )
+    return {
+        "prompt": "Add one.\n<code>\nx = 1\nBEGIN SOLUTION\n<code>\n",
+        "reference_code": reference,
+        "metadata": {"library": "Numpy", "problem_id": number},
+        "code_context": context,
+    }
+
+
+def test_ds1000_answers_are_given_to_its_own_tests(
+    answerer: Answerer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        BENCHMARKS, "ds1000", dataclasses.replace(BENCHMARKS["ds1000"], preload=("numpy",))
+    )
+    rows = [ds1000_problem(n) for n in range(11)] + [ds1000_problem(11, "result = absent.f(x)")]
+    torch_row = ds1000_problem(12)
+    torch_row["metadata"]["library"] = "Pytorch"
+    write_set(tmp_path, "ds1000", [*rows, torch_row])
+    answers = ["result = 2\n</code>\nbroken("] * 5 + ["result = 2 # while"] * 6
+
+    monkeypatch.setattr(answerer, "answer", lambda prompts, **_: answers[: len(prompts)])
+    results, details = run_benchmark(answerer, tmp_path, "ds1000", processes=2)
+    assert results[0].count == 11
+    assert results[0].value == 5 / 11
+    assert details[-1] == {
+        "task_id": "DS-1000/Numpy/11",
+        "answer": None,
+        "passed": None,
+        "reason": "its reference fails here",
+    }
+
+
+def test_too_many_failing_references_are_an_error(
+    answerer: Answerer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        BENCHMARKS, "ds1000", dataclasses.replace(BENCHMARKS["ds1000"], preload=("numpy",))
+    )
+    rows = [ds1000_problem(n) for n in range(3)] + [ds1000_problem(3, "raise OSError")]
+    write_set(tmp_path, "ds1000", rows)
+    with pytest.raises(EvaluationError, match=r"1 of 4 reference answers fail.*numpy"):
+        run_benchmark(answerer, tmp_path, "ds1000", processes=2)
+
+
+def test_a_served_file_answers_as_its_weights_do(model_folder: Path, tmp_path: Path) -> None:
+    """The same greedy text over HTTP as from the reference decoder, infilling and plain."""
+    gguf = tmp_path / "model.gguf"
+    export_gguf(model_folder, gguf, "f32")
+    reference = Answerer(model_folder)
+    problems = [
+        dataclasses.replace(BENCHMARKS["humaneval"].make(problem(0)), prefix=prefix, suffix=suffix)
+        for prefix in ("def find_node(x):\n", "value = ")
+        for suffix in (None, "\n    return value\n")
+    ]
+    expected = reference.answer([reference.prompt_of(p, 16) for p in problems], max_answer=16)
+    with serve_answers(gguf) as served:
+        assert served.config.num_layers == reference.config.num_layers
+        prompts = [served.prompt_of(p, 16) for p in problems]
+        answers = served.answer(prompts, max_answer=16)
+        # The server does not count healed tokens against the answer's length.
+        for got, wanted in zip(answers, expected, strict=True):
+            assert got.startswith(wanted)
+            assert len(wanted) > 10
+        # Pieces are as long as the network makes them; none is read after the one that is enough.
+        seen: dict[int, list[str]] = {number: [] for number in range(len(prompts))}
+
+        def is_done(number: int, text: str) -> bool:
+            seen[number].append(text)
+            return len(text) > 3
+
+        cut = served.answer(prompts, max_answer=16, is_done=is_done)
+        for number, text in enumerate(cut):
+            assert answers[number].startswith(text)
+            assert [len(part) > 3 for part in seen[number]].index(True) == len(seen[number]) - 1
+            assert seen[number][-1] == text
+        text = source_file(1)
+        assert served.tokenizer.encode(text) == reference.tokenizer.encode(text)
+        documents = [Document("p", "a.py", text)]
+        theirs = bits_per_byte(served, documents, 500)[0].value
+        assert theirs == pytest.approx(bits_per_byte(reference, documents, 500)[0].value, rel=1e-3)
+        by_line = ServedAnswerer(served._base, gguf, stop_scope="line")
+        (line,) = by_line.answer([by_line.prompt_of(problems[1], 16)], max_answer=16)
+        assert "\n" not in line.strip("\n")
+        assert answers[1].lstrip("\n").startswith(line.strip("\n"))
+        with pytest.raises(EvaluationError, match="always heals"):
+            served.prompt_of(problems[1], 16, heal=False)
+        with pytest.raises(EvaluationError, match="refused with 400"):
+            served.answer([{"prompt": "x" * 100_000}], max_answer=16)
+
+
+def test_a_server_that_does_not_start_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF")
+    with (
+        pytest.raises(EvaluationError, match="ended at once"),
+        serve_answers(tmp_path / "broken.gguf"),
+    ):
+        pass

@@ -4,7 +4,7 @@ import random
 from typing import get_args
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from albor_train.fim import choose_span, context_segments, example_segments, split_chunks
@@ -16,6 +16,7 @@ KINDS: tuple[SpanKind, ...] = get_args(SpanKind)
 
 
 @settings(max_examples=300, deadline=None)
+@example(":::::\n::::::\n:::\n\n::::::::", 12, 0)
 @given(TEXTS, st.integers(1, 60), st.integers(0, 1000))
 def test_chunks_join_to_the_text(text: str, limit: int, seed: int) -> None:
     chunks = split_chunks(text, limit, random.Random(seed))

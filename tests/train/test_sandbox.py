@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from albor_train.evaluate.sandbox import run_program, run_programs
+from albor_train.errors import EvaluationError
+from albor_train.evaluate.sandbox import Interpreter, run_program, run_programs
 
 
 def test_a_program_that_ends_has_passed() -> None:
@@ -75,3 +76,19 @@ def test_the_environment_is_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_outcomes_keep_their_order() -> None:
     sources = [f"assert {i} % 3" for i in range(9)]
     assert [o.passed for o in run_programs(sources, processes=2)] == [bool(i % 3) for i in range(9)]
+
+
+def test_libraries_come_only_where_asked() -> None:
+    source = "import numpy\nassert numpy.zeros(2).sum() == 0"
+    assert run_program(source).reason == "failed: ModuleNotFoundError"
+    with_numpy = Interpreter(preload=("numpy",), memory_bytes=4 << 30)
+    assert run_program(source, seconds=60, interpreter=with_numpy).passed
+    refused = run_program("import os\nos.fork()", seconds=60, interpreter=with_numpy)
+    assert refused.reason == "failed: PermissionError"
+
+
+def test_an_absent_library_or_interpreter_shows() -> None:
+    outcome = run_program("pass", interpreter=Interpreter(preload=("no_such_library",)))
+    assert not outcome.passed
+    with pytest.raises(EvaluationError, match="/no/python can't be started"):
+        run_program("pass", interpreter=Interpreter(python="/no/python"))

@@ -4,12 +4,23 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from albor_train.errors import DataError
-from albor_train.tokenizer import SPECIALS, TrainingTokenizer, train_tokenizer
-from tests.train.fixtures_train import source_file
+from albor_train.export import export_gguf
+from albor_train.runs import save_model_folder
+from albor_train.spec import load_spec
+from albor_train.tokenizer import (
+    SPECIALS,
+    TrainingTokenizer,
+    bytes_per_token,
+    open_encoder,
+    train_tokenizer,
+)
+from albor_train.train import initial_weights
+from tests.train.fixtures_train import source_file, write_tiny_spec
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +93,22 @@ def test_transformers_agrees(tmp_path: Path) -> None:
     text = source_file(99) + "\n\t\tπ = 'é🙂'\r\n        return  x\n"
     assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
     assert theirs.eos_token_id == 0
+
+
+def test_any_tokenizer_can_be_compared(tmp_path: Path) -> None:
+    """A vocabulary inside a GGUF file cuts a text as the tokenizer.json it was made of."""
+    train_tokenizer((source_file(seed) for seed in range(40)), 512, tmp_path)
+    spec = load_spec(write_tiny_spec(tmp_path / "spec"))
+    weights = initial_weights(spec.model_config, spec.train, 1)
+    folder = tmp_path / "model"
+    save_model_folder(folder, weights, spec.model_config, tmp_path, dtype=torch.float32)
+    export_gguf(folder, tmp_path / "model.gguf", "f32")
+    texts = [source_file(seed) for seed in range(3)]
+    by_folder = open_encoder(folder)
+    by_gguf = open_encoder(tmp_path / "model.gguf")
+    assert [by_gguf(text) for text in texts] == [by_folder(text) for text in texts]
+    assert 1.5 < bytes_per_token(by_gguf, texts) < 8
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF")
+    for path in ("broken.gguf", "absent.json"):
+        with pytest.raises(DataError, match=path):
+            open_encoder(tmp_path / path)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import random
 import threading
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from albor_train.artefact import Artefact
 from albor_train.batches import RowStream
 from albor_train.data import build_corpus
 from albor_train.errors import DataError, DivergedError, TrainingError
+from albor_train.optim import global_norm
 from albor_train.pack import build_pack, build_tokenizer, build_tokens, open_pack
 from albor_train.runs import latest_checkpoint, read_log
 from albor_train.spec import Spec, load_spec
@@ -82,11 +85,24 @@ def test_falsify_001_loss_falls_and_never_rises_for_long(
         assert after[i + 10] < 1.05 * after[i]
 
 
-def test_falsify_002_clipped_norms_are_bounded(prepared: Prepared, tmp_path: Path) -> None:
+def test_falsify_002_clipped_norms_are_bounded(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = prepared.spec(steps=20, max_grad_norm=0.3, lr=0.02)
-    records = prepared.trainer(spec, tmp_path).run()
-    assert all(record.clipped_norm <= 0.3 for record in records)
+    trainer = prepared.trainer(spec, tmp_path)
+    norms: list[float] = []
+    step = trainer.optimizer.step
+
+    def measured(gradients: Any, *rest: Any) -> None:
+        norms.append(float(global_norm(gradients)))
+        step(gradients, *rest)
+
+    monkeypatch.setattr(trainer.optimizer, "step", measured)
+    records = trainer.run()
     assert any(record.grad_norm > 0.3 for record in records)
+    # What the optimizer gets is what the record says.
+    assert all(norm <= 0.3 * (1 + 1e-5) for norm in norms)
+    assert [record.clipped_norm for record in records] == pytest.approx(norms, rel=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -144,6 +160,22 @@ def test_gradients_do_not_depend_on_how_a_batch_is_cut(prepared: Prepared, tmp_p
         assert count == results[0][1]
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, results[0][2][name], rtol=1e-4, atol=1e-6)
+
+
+def test_fused_projections_train_the_same_matrices(prepared: Prepared, tmp_path: Path) -> None:
+    plain = prepared.trainer(prepared.spec(), tmp_path / "plain")
+    fused = prepared.trainer(prepared.spec(fused_projections=True), tmp_path / "fused")
+    expected, records = plain.run(), fused.run()
+    assert [r.loss for r in records] == pytest.approx([r.loss for r in expected], rel=1e-4)
+    assert fused.optimizer.moments.keys() == plain.optimizer.moments.keys()
+    saved = [latest_checkpoint(tmp_path / name) for name in ("plain", "fused")]
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        one, other = (load_file(folder / file) for folder in saved if folder is not None)
+        assert one.keys() == other.keys()
+        for name, tensor in one.items():
+            torch.testing.assert_close(other[name], tensor, rtol=1e-2, atol=1e-4)
+    resumed = prepared.trainer(prepared.spec(fused_projections=True), tmp_path / "fused")
+    assert bits(resumed) == bits(fused)
 
 
 def test_not_a_number_stops_and_saves_nothing(prepared: Prepared, tmp_path: Path) -> None:
@@ -209,10 +241,13 @@ def test_validation_falls(prepared: Prepared, tmp_path: Path) -> None:
 
 
 def test_packs_may_come_while_training(prepared: Prepared, tmp_path: Path) -> None:
-    spec = prepared.spec(steps=20, batch_tokens=4096, micro_batch_rows=4)
-    packs = prepared.stream.packs
-    assert len(packs[0].rows) < 20 * 16 <= len(prepared.stream)
-    whole = prepared.trainer(spec, tmp_path / "whole")
+    spec = prepared.spec(steps=10, warmup_steps=1)
+    packs = [
+        dataclasses.replace(pack, rows=pack.rows[:11], key=f"{pack.key}-cut")
+        for pack in prepared.stream.packs
+    ]
+    tokenizer = prepared.tokens.folder
+    whole = Trainer(spec, RowStream(packs), tokenizer, tmp_path / "whole", ALONE)
     whole.run()
     stream = RowStream(packs[:1], is_open=True)
 
@@ -223,7 +258,7 @@ def test_packs_may_come_while_training(prepared: Prepared, tmp_path: Path) -> No
         stream.finish()
 
     threading.Thread(target=append).start()
-    trainer = Trainer(spec, stream, prepared.tokens.folder, tmp_path / "fed", ALONE)
+    trainer = Trainer(spec, stream, tokenizer, tmp_path / "fed", ALONE)
     trainer.run()
     assert bits(trainer) == bits(whole)
 

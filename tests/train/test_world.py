@@ -6,16 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from albor_train.artefact import Artefact
+from albor_train.cli import main
 from albor_train.errors import TrainingError
 from albor_train.ladder import prepare
+from albor_train.optim import orthogonalize
 from albor_train.runs import read_log
 from albor_train.spec import load_spec
-from albor_train.world import proportional_shares
+from albor_train.world import World, proportional_shares
 from tests.train.fixtures_train import write_tiny_spec
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +35,30 @@ def test_shares_add_up_and_follow_speed(speeds: list[float], extra: int) -> None
             assert fast <= slow or a >= b
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 7])
+def test_rows_are_divided_over_processes_and_come_together(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process's part, also where they don't come out even; the exchange itself is real in
+    the test of two processes."""
+    stack = torch.randn(rows, 4, 6, generator=torch.Generator().manual_seed(rows))
+    expected = orthogonalize(stack)
+    parts: dict[int, torch.Tensor] = {}
+
+    def exchange(every: list[torch.Tensor], mine: torch.Tensor) -> None:
+        parts[len(parts)] = mine
+        for number, part in enumerate(every):
+            part.copy_(parts.get(number, torch.zeros_like(part)))
+
+    monkeypatch.setattr("torch.distributed.all_gather", exchange)
+    for rank in range(3):
+        out = World(rank, 3, torch.device("cpu")).over_rows(orthogonalize, stack)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    assert len(parts) == 3
+    alone = World(0, 1, torch.device("cpu")).over_rows(orthogonalize, stack)
+    assert torch.equal(alone, expected)
+
+
 def test_shares_of_unequal_devices() -> None:
     assert proportional_shares(12, [3.0, 1.0]) == [9, 3] or proportional_shares(12, [3.0, 1.0]) == [
         8,
@@ -42,10 +69,13 @@ def test_shares_of_unequal_devices() -> None:
 
 
 def run_training(folder: Path, tokens: Artefact, out: Path, processes: int) -> None:
+    train = ["train", str(folder / "spec.yaml"), "--work", str(folder / "work"), "--jobs", "1"]
+    train += ["--tokens", str(tokens.folder), "--out", str(out), "--device", "cpu"]
+    if processes == 1:
+        assert main(train) == 0
+        return
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={processes}", "-m", "albor_train", "train"]
-    command += [str(folder / "spec.yaml"), "--work", str(folder / "work"), "--jobs", "1"]
-    command += ["--tokens", str(tokens.folder), "--out", str(out), "--device", "cpu"]
+    command += [f"--nproc-per-node={processes}", "-m", "albor_train", *train]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -44,7 +44,12 @@ def add_replay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--seed", type=int, default=0, help="of typing and choice (%(default)s)")
     parser.add_argument("--fast", action="store_true", help="a fast typist")
     parser.add_argument("--real-time", action="store_true", help="wait idle pauses out")
-    parser.add_argument("--threads", type=int, default=None, help="(the physical cores)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=None,
+        help="fixed number (albor-serve: its own choice; others: the physical cores)",
+    )
     parser.add_argument("--ctx", type=int, default=2048, help="tokens (%(default)s)")
     parser.add_argument(
         "--llama-server",
@@ -94,7 +99,10 @@ def _replay(options: argparse.Namespace) -> int:
     settings = ReplaySettings(
         model=options.model or embedded_path(),
         options=PeerOptions(
-            options.ctx, options.threads or num_physical_cores(), options.llama_server
+            options.ctx,
+            options.threads or num_physical_cores(),
+            options.llama_server,
+            albor_chooses_threads=options.threads is None,
         ),
         typist=FAST if options.fast else NORMAL,
         seed=options.seed,

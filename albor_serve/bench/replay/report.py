@@ -30,8 +30,9 @@ def print_replay(
     """What was measured on what, a row for each figure, and our ratio to the best peer."""
     first = figures[0]
     waiting = "idle pauses skipped" if settings.skip_idle else "in real time"
+    chosen = " (albor-serve: its own choice)" if settings.options.albor_chooses_threads else ""
     console.print(
-        f"{machine.cpu}, {settings.options.threads} threads, {machine.memory_gb:.0f} GB; "
+        f"{machine.cpu}, {settings.options.threads} threads{chosen}, {machine.memory_gb:.0f} GB; "
         f"{machine.system}; commit {machine.commit}\n"
         f"{settings.model.stem}, {first.num_scenes} scenes, {settings.typist.name} typist, seed "
         f"{settings.seed}, {waiting}\n{settings.command}".rstrip()
@@ -127,6 +128,7 @@ def replay_json(
             "options": {
                 "context": settings.options.context,
                 "threads": settings.options.threads,
+                "albor_chooses_threads": settings.options.albor_chooses_threads,
             },
         },
         "clients": [asdict(figure) for figure in figures],

@@ -9,6 +9,8 @@ export interface Machine {
     readonly env: Readonly<Record<string, string | undefined>>;
     /** True when `file` is there and may be run. */
     readonly canRun: (file: string) => boolean;
+    /** The first line of `file`, at most some hundred characters; empty when it can't be read. */
+    readonly firstLine: (file: string) => string;
 }
 
 /** The program's name without an ending. */
@@ -70,14 +72,33 @@ export function find(setting: string, machine: Machine): Found {
         if (!kind(machine).isAbsolute(program)) {
             return { reason: `the setting albor.path is ${wanted}, which is not a full path` };
         }
-        return machine.canRun(program)
-            ? { program }
-            : { reason: `the setting albor.path names ${program}, which can't be run` };
+        if (!machine.canRun(program)) {
+            return { reason: `the setting albor.path names ${program}, which can't be run` };
+        }
+        const gone = goneInterpreter(program, machine);
+        return gone === undefined ? { program } : { reason: stale(program, gone) };
     }
-    const program = places(machine).find((file) => machine.canRun(file));
-    return program === undefined
-        ? { reason: `${PROGRAM} was found neither on the PATH nor where pipx and uv install it` }
-        : { program };
+    let reason = `${PROGRAM} was found neither on the PATH nor where pipx and uv install it`;
+    for (const program of places(machine).filter((file) => machine.canRun(file))) {
+        const gone = goneInterpreter(program, machine);
+        if (gone === undefined) {
+            return { program };
+        }
+        reason = stale(program, gone);
+    }
+    return { reason };
+}
+
+/** The interpreter that a script names and that is not there any more, as after an upgrade of
+ * Python; undefined when all is well. */
+function goneInterpreter(file: string, machine: Machine): string | undefined {
+    const interpreter = /^#!\s*(\/\S+)/.exec(machine.firstLine(file))?.[1];
+    const gone = interpreter !== undefined && !machine.canRun(interpreter);
+    return gone && machine.platform !== "win32" ? interpreter : undefined;
+}
+
+function stale(program: string, interpreter: string): string {
+    return `${program} needs ${interpreter}, which is gone: install albor again`;
 }
 
 function kind(machine: Machine): path.PlatformPath {

@@ -23,6 +23,20 @@ export const MACHINE: Machine = {
             return false;
         }
     },
+    firstLine: (file) => {
+        const start = Buffer.alloc(512);
+        try {
+            const opened = fs.openSync(file, "r");
+            try {
+                const length = fs.readSync(opened, start, 0, start.length, 0);
+                return start.toString("latin1", 0, length).split("\n", 1)[0] ?? "";
+            } finally {
+                fs.closeSync(opened);
+            }
+        } catch {
+            return "";
+        }
+    },
 };
 
 /** How often to look for albor while the person installs it. */
@@ -154,10 +168,14 @@ export class Session implements vscode.Disposable {
         const { Run } = await import("./run");
         const began = performance.now();
         let dead = false;
+        let ready = false;
         const died = (): void => {
             if (!dead && this.#run === run) {
                 dead = true;
-                void this.#wait(run, performance.now() - began);
+                const what = ready
+                    ? "the language server ended"
+                    : `${found.program} ended before it was ready (the log says why)`;
+                void this.#wait(run, performance.now() - began, what);
             }
         };
         const run = new Run(
@@ -182,6 +200,7 @@ export class Session implements vscode.Disposable {
         this.#run = run;
         try {
             await run.start();
+            ready = true;
             if (this.#isCurrent(run)) {
                 this.#show("running");
             }
@@ -196,11 +215,11 @@ export class Session implements vscode.Disposable {
     }
 
     /** After a death: wait, longer each time, and start again. */
-    async #wait(run: Run, ranMs: number): Promise<void> {
+    async #wait(run: Run, ranMs: number, what: string): Promise<void> {
         const pauseMs = this.#backoff.died(ranMs);
         this.#run = undefined;
         this.server = undefined;
-        this.#show("waiting", `the language server ended; it starts again in ${pauseMs / 1000} s`);
+        this.#show("waiting", `${what}; it starts again in ${pauseMs / 1000} s`);
         this.#retry = setTimeout(() => void this.start(), pauseMs);
         await run.stop();
     }

@@ -10,6 +10,7 @@ function machine(files: string[], more: Partial<Machine> = {}): Machine {
         home: "/home/ada",
         env: { PATH: "/usr/bin:bin::/opt/bin" },
         canRun: (file) => files.includes(file),
+        firstLine: () => "",
         ...more,
     };
 }
@@ -35,6 +36,24 @@ test("a relative setting is refused: it would depend on the folder that is open"
 test("the PATH comes before the folders of pipx and uv", () => {
     const here = machine(["/opt/bin/albor-lsp", "/home/ada/.local/bin/albor-lsp"]);
     assert.deepEqual(find("", here), { program: "/opt/bin/albor-lsp" });
+});
+
+const stale = {
+    firstLine: (file: string) =>
+        file === "/usr/bin/albor-lsp" ? "#!/usr/bin/python3.11 -I" : "#! /usr/bin/python3.12",
+};
+
+test("a program whose interpreter is gone is passed over", () => {
+    const files = ["/usr/bin/albor-lsp", "/opt/bin/albor-lsp", "/usr/bin/python3.12"];
+    assert.deepEqual(find("", machine(files, stale)), { program: "/opt/bin/albor-lsp" });
+});
+
+test("where only such a program is there, that is told", () => {
+    for (const setting of ["", "/usr/bin/albor-lsp"]) {
+        const found = find(setting, machine(["/usr/bin/albor-lsp"], stale));
+        assert.ok("reason" in found);
+        assert.match(found.reason, /albor-lsp needs \/usr\/bin\/python3\.11, which is gone/);
+    }
 });
 
 test("relative and empty entries of the PATH are left out", () => {

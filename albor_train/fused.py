@@ -1,0 +1,124 @@
+"""The decoder with fewer, wider products: query, key and value as one, gate and up as one.
+
+It computes what `albor_serve.model.Decoder` does. Only its parameters are laid out otherwise, so
+`by_original_name` gives views of them (or of their gradients) under the names of checkpoints:
+weights, gradients and optimizer state stay in the original matrices, and nothing on disk differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from albor_serve.config import ModelConfig
+from albor_serve.model import Attend, Decoder, KVCache, RMSNorm, rotate
+
+__all__ = ["FusedDecoder", "by_original_name"]
+
+
+class _FusedAttention(nn.Module):  # type: ignore[misc]
+    """`albor_serve.model.Attention` with one input product, and one norm and rotation for
+    queries and keys."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d, head_dim = config.hidden_size, config.head_dim
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim, self.eps, self.qk_norm = head_dim, config.rms_norm_eps, config.qk_norm
+        rows = sum(_attention_rows(config))
+        self.qkv_proj = nn.Linear(d, rows, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.num_heads * head_dim, d, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache | None,
+        layer: int,
+        attend: Attend | None = None,
+    ) -> Tensor:
+        """[B, T, d] to the same shape. There can be no cache."""
+        if cache is not None:
+            raise ValueError(f"layer {layer}: the fused decoder is for training, without a cache")
+        batch, num_tokens, _ = x.shape
+        num_turned = self.num_heads + self.num_kv_heads
+        qkv = self.qkv_proj(x).view(batch, num_tokens, -1, self.head_dim)
+        turned, v = qkv.split((num_turned, self.num_kv_heads), dim=2)
+        if self.qk_norm:
+            wide = turned.float()
+            wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+            scale = torch.cat(
+                (
+                    self.q_norm.weight.expand(self.num_heads, -1),
+                    self.k_norm.weight.expand(self.num_kv_heads, -1),
+                )
+            )
+            turned = scale * wide.to(x.dtype)
+        turned = rotate(turned, cos.transpose(1, 2), sin.transpose(1, 2))
+        q, k = turned.split((self.num_heads, self.num_kv_heads), dim=2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if attend is not None:
+            out = attend(q, k, v)
+        else:
+            out = functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=self.num_heads != self.num_kv_heads
+            )
+        return self.o_proj(out.transpose(1, 2).reshape(batch, num_tokens, -1))
+
+
+class _FusedFeedForward(nn.Module):  # type: ignore[misc]
+    """`albor_serve.model.FeedForward` with one input product."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, d] to the same shape."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(functional.silu(gate) * up)
+
+
+class FusedDecoder(Decoder):
+    """The decoder for training, without a cache."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.self_attn = _FusedAttention(config)
+            layer.mlp = _FusedFeedForward(config)
+
+
+def by_original_name(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Views of tensors under the names of `Decoder`'s parameters.
+
+    Args:
+        tensors: by parameter name, of `FusedDecoder`'s shapes or of `Decoder`'s.
+        config: of the decoder.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if ".qkv_proj." in name:
+            parts = tensor.split(_attention_rows(config))
+            for part, view in zip("qkv", parts, strict=True):
+                found[name.replace(".qkv_proj.", f".{part}_proj.")] = view
+        elif ".gate_up_proj." in name:
+            for part, view in zip(("gate", "up"), tensor.chunk(2), strict=True):
+                found[name.replace(".gate_up_proj.", f".{part}_proj.")] = view
+        else:
+            found[name] = tensor
+    return found
+
+
+def _attention_rows(config: ModelConfig) -> list[int]:
+    """Rows of the query, key and value matrices."""
+    rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return [rows, kv_rows, kv_rows]
