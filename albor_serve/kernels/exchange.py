@@ -47,8 +47,6 @@ _PATIENCE = 1 << 19
 HALF = 65504.0
 """The largest float16."""
 
-import os
-SPIN_ONE = bool(int(os.environ.get("SPIN_ONE", "0")))
 BUFFER_BYTES = 16384
 """Shared memory of `tags_base`."""
 
@@ -100,8 +98,6 @@ def _inputs_asm(num_tiles: int, *, gain: bool) -> str:
     lines = ["{", *_registers(num_tiles), ".reg .f32 q, f; .reg .b16 x, y;"]
     asks = [_two(k, f"${address + 4 * k}") for k in tiles]
     loads = [ask[0] for ask in asks] + [line for ask in asks for line in ask[1:]]
-    if SPIN_ONE and num_tiles > 1:
-        lines += _poll(asks[0], ["s0", "t0"], f"${tag}", "first")
     lines += _poll(loads, [f"{c}{k}" for k in tiles for c in "st"], f"${tag}")
     lines.append("mov.f32 q, 0f00000000;")
     if gain:
@@ -139,8 +135,7 @@ def attention_asm(head_dim: int, num_heads: int, num_parts: int) -> tuple[str, s
     count = len(pieces) * words * 2
     lines = ["{", *_registers(count), f".reg .b64 w<{len(pieces)}>; .reg .pred q<{num_sets}>;"]
     lines.append(f".reg .b32 l<{len(pieces)}>, m<{len(pieces)}>;")
-    for a in range(num_sets):
-        lines.append(f"setp.lt.s32 q{a}, ${address + 12}, {num_parts - 8 * a};")
+    lines += [f"setp.lt.s32 q{a}, ${address + 12}, {num_parts - 8 * a};" for a in range(num_sets)]
     asks, unpacks, tags = [], [], []
     for number, (head, a) in enumerate(pieces):
         row = a * 8 * num_heads + head
@@ -187,9 +182,16 @@ _SHARED_ASM = "\n".join(
     ]
 )
 _KEYS_ASM = "\n".join(
-    ["{", *_registers(1), *_poll(_two(0, "$2"), ["s0", "t0"], "$3")]
-    + ["mov.b32 $0, a0;", "mov.b32 $1, b0;", "}"]
+    [
+        "{",
+        *_registers(1),
+        *_poll(_two(0, "$2"), ["s0", "t0"], "$3"),
+        "mov.b32 $0, a0; mov.b32 $1, b0;",
+        "}",
+    ]
 )
+
+
 def _rows_asm(num_warps: int) -> str:
     """PTX that adds up the warps' row pairs and their sums of squares, for lanes that are asked.
 
@@ -374,43 +376,43 @@ def _poll_tiles(ptr, gains, tag, to, e, KT: tl.constexpr, GAIN: tl.constexpr, W:
     KPW: tl.constexpr = (KT + W - 1) // W
     tags = tag + e * 0
     a0 = _address(ptr, e, 0, KT, W)
-    if GAIN:
-        if KPW == 1:
-            return tl.inline_asm_elementwise(
-                GAINED_1, GAINED_1_CONSTRAINTS, [a0, tags, to, gains[0]],
-                dtype=tl.float32, is_pure=False, pack=4,
-            )  # fmt: skip
-        else:
-            tl.static_assert(KPW == 2 and KT % W == 0)
-            return tl.inline_asm_elementwise(
-                GAINED_2, GAINED_2_CONSTRAINTS,
-                [a0, _address(ptr, e, 1, KT, W), tags, to, gains[0], gains[1]],
-                dtype=tl.float32, is_pure=False, pack=4,
-            )  # fmt: skip
+    if GAIN and KPW == 1:
+        squares = tl.inline_asm_elementwise(
+            GAINED_1, GAINED_1_CONSTRAINTS, [a0, tags, to, gains[0]],
+            dtype=tl.float32, is_pure=False, pack=4,
+        )  # fmt: skip
+    elif GAIN:
+        tl.static_assert(KPW == 2 and KT % W == 0)
+        squares = tl.inline_asm_elementwise(
+            GAINED_2, GAINED_2_CONSTRAINTS,
+            [a0, _address(ptr, e, 1, KT, W), tags, to, gains[0], gains[1]],
+            dtype=tl.float32, is_pure=False, pack=4,
+        )  # fmt: skip
     elif KPW == 1:
-        return tl.inline_asm_elementwise(
+        squares = tl.inline_asm_elementwise(
             PLAIN_1, PLAIN_1_CONSTRAINTS, [a0, tags, to],
             dtype=tl.float32, is_pure=False, pack=4,
         )  # fmt: skip
     elif KPW == 2:
-        return tl.inline_asm_elementwise(
+        squares = tl.inline_asm_elementwise(
             PLAIN_2, PLAIN_2_CONSTRAINTS, [a0, _address(ptr, e, 1, KT, W), tags, to],
             dtype=tl.float32, is_pure=False, pack=4,
         )  # fmt: skip
     elif KPW == 3:
-        return tl.inline_asm_elementwise(
+        squares = tl.inline_asm_elementwise(
             PLAIN_3, PLAIN_3_CONSTRAINTS,
             [a0, _address(ptr, e, 1, KT, W), _address(ptr, e, 2, KT, W), tags, to],
             dtype=tl.float32, is_pure=False, pack=4,
         )  # fmt: skip
     else:
         tl.static_assert(KPW == 4)
-        return tl.inline_asm_elementwise(
+        squares = tl.inline_asm_elementwise(
             PLAIN_4, PLAIN_4_CONSTRAINTS,
             [a0, _address(ptr, e, 1, KT, W), _address(ptr, e, 2, KT, W),
              _address(ptr, e, 3, KT, W), tags, to],
             dtype=tl.float32, is_pure=False, pack=4,
         )  # fmt: skip
+    return squares
 
 
 @jit()
@@ -589,7 +591,8 @@ def shared_float(base, index, word_ptr, ASM: tl.constexpr):
 
 
 @jit()
-def poll_attention(att_ptr, lse_ptr, tag, split, e, first_head, NP: tl.constexpr, H: tl.constexpr, D: tl.constexpr, SETS: tl.constexpr, CODE: tl.constexpr,
+def poll_attention(att_ptr, lse_ptr, tag, split, e, first_head, NP: tl.constexpr,
+                   H: tl.constexpr, D: tl.constexpr, SETS: tl.constexpr, CODE: tl.constexpr,
                    CONSTRAINTS: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
     """One tile's attention outputs: for each of its heads and each set of eight splits D / 32
     int32 [4 T] of values and a float32 [4 T] weight, as two tuples.
@@ -683,7 +686,8 @@ def put_float(ptr, value, tag, ok, ASM: tl.constexpr):
     """Publish float32 values; one element a thread."""
     if ASM:
         tl.inline_asm_elementwise(
-            PUT_FLOAT, "=r,l,f,r,r", [ptr.to(tl.int64), value, tag + ok.to(tl.int32) * 0, ok.to(tl.int32)],
+            PUT_FLOAT, "=r,l,f,r,r",
+            [ptr.to(tl.int64), value, tag + ok.to(tl.int32) * 0, ok.to(tl.int32)],
             dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
     else:

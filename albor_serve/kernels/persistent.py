@@ -1,4 +1,5 @@
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,no-any-return,assignment"
+# ruff: noqa: SIM102 - a compile-time condition and one of the program are not one condition
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,no-any-return,assignment,misc"
 """A whole decode step in one kernel: every program stays, and passes words on (`exchange`).
 
 One program on each multiprocessor. What a program does in each part of a layer is fixed: program b
@@ -39,12 +40,12 @@ from albor_serve.kernels.core import (
     column_of,
     load_tile,
     mma_tile,
-    result_index,
     share,
     shared_base,
     sum_columns,
     undo_16,
 )
+from albor_serve.kernels.decoder import GpuDecoder, record
 from albor_serve.kernels.exchange import (
     attention_asm,
     fence,
@@ -70,6 +71,7 @@ from albor_serve.kernels.exchange import (
     tags_base,
 )
 from albor_serve.kernels.layout import TILE_COLS, TILE_ROWS
+from albor_serve.kernels.sampling import DeviceSampler
 from albor_serve.kernels.steps import (
     attend_rows,
     candidate,
@@ -108,8 +110,8 @@ def _put_x(x_ptr, h, band, c, tag, WORDS: tl.constexpr, COPIES: tl.constexpr, AS
 
 @jit()
 def _embed(pid, w_ptr, keys_ptr, tokens_ptr, out_ptr, h_ptr, x_ptr, pos, tag, feedback,
-           P: tl.constexpr, KT: tl.constexpr, NK: tl.constexpr, COPIES: tl.constexpr, ASM: tl.constexpr,
-           W: tl.constexpr):  # fmt: skip
+           P: tl.constexpr, KT: tl.constexpr, NK: tl.constexpr, COPIES: tl.constexpr,
+           ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
     c = tl.arange(0, W * 32)
     token = tl.load(tokens_ptr)
     if feedback:
@@ -261,8 +263,8 @@ def _attention(kv_head, split, qkv_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, qn_ptr, 
     ahead = step
     while tile < pos:
         rows = load_rows(k_ptr, v_ptr, first + ahead, r, d2, limit, D, RL, NR)
-        top, weight, o_low, o_high = attend_rows(rows, first + ahead, r, pos, q_low, q_high, top, weight,
-                                                 o_low, o_high, RL, NR)  # fmt: skip
+        top, weight, o_low, o_high = attend_rows(rows, first + ahead, r, pos, q_low, q_high, top,
+                                                 weight, o_low, o_high, RL, NR)  # fmt: skip
         tile += step
         ahead += step
 
@@ -402,7 +404,8 @@ def _gate_up(pid, w_ptr, x_ptr, g_ptr, act_ptr, tag, eps, base, buffer, lanes, K
 
 @jit()
 def _down(pid, w_ptr, act_ptr, h_ptr, x_ptr, tag, next_tag, base, buffer, lanes, KT: tl.constexpr,
-          DM: tl.constexpr, COPIES: tl.constexpr, STREAM: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
+          DM: tl.constexpr, COPIES: tl.constexpr, STREAM: tl.constexpr, ASM: tl.constexpr,
+          W: tl.constexpr):  # fmt: skip
     e = tl.arange(0, W * 128)
     c = tl.arange(0, W * 32)
     KPW: tl.constexpr = (KT + W - 1) // W
@@ -464,15 +467,15 @@ def _head(pid, w_ptr, x_ptr, g_ptr, logits_ptr, keys_ptr, tag, eps, base, buffer
 def step_kernel(embedding_ptr, qkv_w_ptr, output_w_ptr, gate_up_w_ptr, down_w_ptr, head_w_ptr,
                 attention_gain_ptr, feed_forward_gain_ptr, final_gain_ptr, query_gain_ptr,
                 key_gain_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, tokens_ptr, pos_ptr, out_ptr,
-                logits_ptr, best_ptr, epoch_ptr, h_ptr, x_ptr, x_ff_ptr, qkv_ptr, att_ptr, lse_ptr,
-                act_ptr, zeros_ptr, max_len, eps, layer, num_steps, feedback, PHASE: tl.constexpr,
-                P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, KT: tl.constexpr,
+                logits_ptr, best_ptr, key_ptr, epoch_ptr, h_ptr, x_ptr, x_ff_ptr, qkv_ptr, att_ptr,
+                lse_ptr, act_ptr, zeros_ptr, max_len, eps, layer, num_steps, feedback,
+                PHASE: tl.constexpr, P: tl.constexpr, L: tl.constexpr, V: tl.constexpr, KT: tl.constexpr,
                 KT_O: tl.constexpr, KT_FF: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr,
                 D: tl.constexpr, GP: tl.constexpr, QH: tl.constexpr, RL: tl.constexpr,
                 NR: tl.constexpr, S: tl.constexpr, NB: tl.constexpr, NK: tl.constexpr,
                 QK_NORM: tl.constexpr, STORE: tl.constexpr, STREAM: tl.constexpr,
-                BULK: tl.constexpr, COPIES: tl.constexpr, CODE: tl.constexpr, CONSTRAINTS: tl.constexpr,
-                ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
+                BULK: tl.constexpr, COPIES: tl.constexpr, CODE: tl.constexpr,
+                CONSTRAINTS: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """`num_steps` tokens, each chosen greedily from the last one's logits.
 
     The first token is tokens[0], or with `feedback` the best of the last launch, and then its
@@ -545,8 +548,8 @@ def step_kernel(embedding_ptr, qkv_w_ptr, output_w_ptr, gate_up_w_ptr, down_w_pt
             if PHASE == -1 or PHASE == 3:
                 if pid < BANDS:
                     _output(pid, output_w_ptr + i * OUTPUT_WORDS, att_ptr, lse_ptr, h_ptr,
-                            x_ff_ptr, here, base + other, lanes, KT_O, H, D, PIECES, CODE, CONSTRAINTS,
-                            KT * 128, COPIES, STREAM, ASM, W)  # fmt: skip
+                            x_ff_ptr, here, base + other, lanes, KT_O, H, D, PIECES, CODE,
+                            CONSTRAINTS, KT * 128, COPIES, STREAM, ASM, W)  # fmt: skip
                     prefetch(output_w_ptr, after * OUTPUT_WORDS + pid * (KT_O * 288), KT_O * 1152,
                              more, c, BULK)  # fmt: skip
             if PHASE == -1 or PHASE == 4:
@@ -574,7 +577,7 @@ def step_kernel(embedding_ptr, qkv_w_ptr, output_w_ptr, gate_up_w_ptr, down_w_pt
             which = tl.minimum(tl.arange(0, NK), P - 1)
             tag = (start + num_steps - 1) * (L + 1) + L
             key = tl.max(poll_keys(best_ptr, which, tag, ASM), axis=0)
-            tl.store(tokens_ptr, candidate_index(key))
+            tl.store(key_ptr, key)
             tl.store(pos_ptr, pos)
             tl.store(epoch_ptr, start + num_steps)
 
@@ -649,33 +652,26 @@ def _misfit(c: ModelConfig, plan: PersistentPlan) -> str | None:
         return f"intermediate_size {c.intermediate_size} is more than {4 * warps * TILE_COLS}"
     if plan.bands_gate_up > 4:
         return f"intermediate_size {c.intermediate_size} takes {plan.bands_gate_up} bands a program"
+    if plan.num_splits > 15:
+        return f"{plan.num_splits} splits are more than the 15 that are read at once"
     if (plan.num_splits + 1) * c.num_kv_heads > width:
         return f"{plan.num_splits} splits of {c.num_kv_heads} heads are more than {width} programs"
     return None
 
 
 class PersistentDecoder:
-    """Greedy decoding of one sequence by `step_kernel`. Not safe for several threads.
+    """Decoding of one sequence by `step_kernel`: another way to do `GpuDecoder.step`.
 
-    Shares the KV cache, `tokens`, `position`, `out_tokens` and `logits` with whoever made them.
+    Shares the decoder's KV cache, `tokens`, `position`, `out_tokens` and `logits`, and leaves the
+    best token of the last step in its `best[0, 0]`. Not safe for several threads.
     """
 
-    def __init__(
-        self,
-        weights: DecodeWeights,
-        plan: PersistentPlan,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        tokens: torch.Tensor,
-        position: torch.Tensor,
-        out_tokens: torch.Tensor,
-        logits: torch.Tensor,
-    ) -> None:
+    def __init__(self, decoder: GpuDecoder, plan: PersistentPlan) -> None:
         require_triton()
-        self.weights, self.plan = weights, plan
+        weights = decoder.weights
+        self._decoder = decoder
+        self._weights, self.plan = weights, plan
         c, device = weights.config, weights.head.device
-        self._shared = (keys, values, tokens, position, out_tokens, logits)
-        self.max_seq_len = keys.shape[2]
         group = 1 << (c.num_heads // c.num_kv_heads - 1).bit_length()
         self._query_rows = max(group, plan.num_warps)
         parts = 1 + plan.num_splits * (1 if plan.asm else self._query_rows // group)
@@ -684,8 +680,8 @@ class PersistentDecoder:
         def words(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
-        self.epoch = torch.ones(1, dtype=torch.int32, device=device)
-        self.best = words(plan.num_programs, 2)
+        self._epoch = torch.ones(1, dtype=torch.int32, device=device)
+        self._best = words(plan.num_programs, 2)
         self._h = torch.zeros(c.hidden_size, dtype=torch.float32, device=device)
         self._x = words(plan.num_copies, c.hidden_size // 2)
         self._x_ff = words(plan.num_copies, c.hidden_size // 2)
@@ -742,27 +738,41 @@ class PersistentDecoder:
             reason = " ".join(str(error).split())[:200]
             raise BackendError(f"a GPU kernel failed: {reason}") from error
 
+    def capture(self, sampler: DeviceSampler) -> Any:
+        """Record one step that the sampler ends and feeds back in a CUDA graph; returns it.
+
+        Raises:
+            BackendError: the kernel could not be compiled or launched, or cannot be recorded.
+        """
+        d = self._decoder
+
+        def step() -> None:
+            self.run()
+            sampler.choose(d.logits, d.best, d.tokens, d.position, 1, pdl=False)
+
+        return record(step, d.position)
+
     def _interpret(self, feedback: bool, store_logits: bool) -> None:
         """One token, each part of each layer as a launch of its own."""
         self._launch(_EMBED, 0, 1, feedback, store_logits)
-        for layer in range(self.weights.config.num_layers):
+        for layer in range(self._weights.config.num_layers):
             for phase in (_QKV, _ATTENTION, _OUTPUT, _GATE_UP, _DOWN):
                 self._launch(phase, layer, 1, feedback, store_logits)
         self._launch(_HEAD, 0, 1, feedback, store_logits)
         self._launch(_END, 0, 1, feedback, store_logits)
 
     def _launch(self, phase: int, layer: int, steps: int, feedback: bool, store: bool) -> None:
-        w, plan = self.weights, self.plan
-        keys, values, tokens, position, out_tokens, logits = self._shared
+        w, plan, d = self._weights, self.plan, self._decoder
         attention_gain, feed_forward_gain, final_gain = self._gains
         options: dict[str, Any] = {"num_warps": plan.num_warps, "num_stages": 1}
         if not INTERPRET:
             options["launch_cooperative_grid"] = True
         step_kernel[(plan.num_programs,)](
             w.embedding, w.qkv, w.output, w.gate_up, w.down, w.head, attention_gain,
-            feed_forward_gain, final_gain, w.query_gain, w.key_gain, w.cos, w.sin, keys, values,
-            tokens, position, out_tokens, logits, self.best, self.epoch, self._h, self._x,
-            self._x_ff, self._qkv, self._attention, self._lse, self._act, self._zeros, self.max_seq_len,
+            feed_forward_gain, final_gain, w.query_gain, w.key_gain, w.cos, w.sin, d.keys, d.values,
+            d.tokens, d.position, d.out_tokens, d.logits, self._best, d.best, self._epoch, self._h,
+            self._x, self._x_ff, self._qkv, self._attention, self._lse, self._act, self._zeros,
+            d.max_seq_len,
             w.config.rms_norm_eps, layer, steps, int(feedback), PHASE=phase, STORE=store,
             **self._constants, **options,
         )  # fmt: skip
