@@ -93,7 +93,7 @@ def test_equals_the_clients_text(session: tuple[str, Encoding, list[tuple[Change
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("batch", range(50))
 def test_equals_the_clients_text_in_many_cases(batch: int) -> None:
     """100,000 cases; in batches, so that one sees it go on and memory stays small."""
