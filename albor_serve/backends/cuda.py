@@ -1,8 +1,8 @@
 """The GPU backend: prompts through torch, tokens through the Triton kernels in CUDA graphs.
 
-A few tokens at a time (decoding, drafts to verify) go through one graph of the fused kernels, which
-read Q4_0 weights; more go through `albor_serve.model` in float16, where the matrix products of
-cuBLAS are at their best. Both write the same KV cache.
+A few tokens at a time (decoding, drafts to verify, what was typed since the last prompt) go through
+graphs of the fused kernels, which read Q4_0 weights; more go through `albor_serve.model` in
+float16, where the matrix products of cuBLAS are at their best. Both write the same KV cache.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ from albor_serve.backends.checks import (
 )
 from albor_serve.backends.device_run import DeviceRun
 from albor_serve.config import DevicePlan, ModelConfig
-from albor_serve.errors import AlborError, BackendError, ConfigError, UnsupportedModelError
+from albor_serve.errors import AlborError, BackendError, UnsupportedModelError
 from albor_serve.kernels._triton import HAVE_TRITON, INTERPRET
 from albor_serve.kernels.decoder import DecodePlan, GpuDecoder, plan_for
-from albor_serve.kernels.persistent import PersistentDecoder, PersistentPlan, persistent_plan
 from albor_serve.kernels.sampling import DeviceSampler
 from albor_serve.kernels.weights import DecodeWeights, check_shape, pack_weights
 from albor_serve.model import Decoder, KVCache, load_decoder
@@ -42,11 +41,12 @@ __all__ = ["CudaBackend", "has_gpu", "unsupported"]
 MAX_BATCH_LEN: Final = 2048
 ROWS: Final = (1, 2, 4, 8)
 """Numbers of tokens for which there are graphs; others are padded up to the next."""
+MOST_BY_KERNELS: Final = 256
+"""Up to so many tokens go through the kernels, eight at a time: on an H100 eight take 0.11 ms (33M)
+to 0.40 ms (350M), while a prompt through torch costs 7 ms for the launches of 8 layers alone."""
 LONG_CONTEXT: Final = 1024
 """From here on a key-value head's positions are shared by more programs."""
 CAPABILITY: Final = (8, 0)
-CACHE_BYTES: Final = 40 << 20
-"""Weights up to this size stay in an H100's cache from one token to the next."""
 
 Read = Callable[[str], npt.NDArray[Any]]
 
@@ -147,9 +147,10 @@ class CudaBackend:
             self._model: Decoder | None = load_decoder(
                 config, read, dtype=torch.float16, device=self._device
             )
-            persistent = _persistent(weights, self._device)
-            self._slots = [_Slot(config, weights, room, persistent) for _ in range(num_slots)]
+            self._slots = [_Slot(config, weights, room) for _ in range(num_slots)]
             self._plans = _plans(weights, self._device)
+            # The interpreter takes seconds for what a GPU does in a tenth of a millisecond.
+            self._most_by_kernels = MOST_BY_KERNELS if self._device.type == "cuda" else ROWS[-1]
             self._host = _pinned(
                 (ROWS[-1], config.vocab_size), torch.float32, self._device.type == "cuda"
             )
@@ -227,15 +228,14 @@ class CudaBackend:
                 "fewer or rewind it"
             )
         self._stop_if_aborted()
-        long = held.length > LONG_CONTEXT
         with self._guard():
             run = DeviceRun(
                 held.sampler,
-                held.sampled_step(self._plans[1, long], long=long),
+                held.sampled_step(self._plans[1, held.length > LONG_CONTEXT]),
                 self._abort.is_set,
                 fault=_device_fault if self._device.type == "cuda" else lambda: None,
             )
-            held.set_input([token])
+            held.set_input([token], held.length)
             new: list[int] = []
             try:
                 run.start(plan)
@@ -291,8 +291,8 @@ class CudaBackend:
         if not count:
             return np.empty((0, self._info.vocab_size), dtype=np.float32)
         self._stop_if_aborted()
-        if count <= ROWS[-1]:
-            return self._decode(slot, step)
+        if count <= self._most_by_kernels:
+            return self._through_kernels(slot, step)
         tokens = torch.tensor([list(step.tokens)], dtype=torch.int64, device=self._device)
         cache = slot.cache()
         hidden = model.hidden(tokens, cache=cache, before_layer=self._stop_if_aborted)
@@ -304,22 +304,29 @@ class CudaBackend:
         slot.length += count
         return rows
 
-    def _decode(self, slot: _Slot, step: ExtendStep) -> LogitRows:
-        """A few tokens through the kernels."""
+    def _through_kernels(self, slot: _Slot, step: ExtendStep) -> LogitRows:
+        """A few tokens through the kernels, eight at a time."""
         count = len(step.tokens)
-        rows = next(size for size in ROWS if size >= count)
-        plan = self._plans[rows, slot.length > LONG_CONTEXT]
-        padded = [*step.tokens, *[step.tokens[-1]] * (rows - count)]
-        slot.set_input(padded)
-        slot.run(plan)
+        first_row = count - step.num_rows
+        result: LogitRows = np.empty((step.num_rows, self._info.vocab_size), dtype=np.float32)
+        for at in range(0, count, ROWS[-1]):
+            if at:
+                self._stop_if_aborted()
+            part = list(step.tokens[at : at + ROWS[-1]])
+            rows = next(size for size in ROWS if size >= len(part))
+            plan = self._plans[rows, slot.length + at > LONG_CONTEXT]
+            padded = [*part, *[part[-1]] * (rows - len(part))]
+            slot.set_input(padded, slot.length + at, at)
+            slot.run(plan)
+            skip = max(0, first_row - at)
+            if skip < len(part):
+                logits = self._host[: len(part) - skip]
+                logits.copy_(slot.decoder.logits[skip : len(part)], non_blocking=True)
+                if self._device.type == "cuda":
+                    torch.cuda.synchronize()
+                to = at + skip - first_row
+                result[to : to + len(logits)] = logits.numpy()
         slot.length += count
-        logits = self._host[: step.num_rows]
-        if step.num_rows:
-            logits.copy_(slot.decoder.logits[count - step.num_rows : count], non_blocking=True)
-            if self._device.type == "cuda":
-                torch.cuda.synchronize()
-        # A copy: another step of the same call uses the buffer again.
-        result: LogitRows = logits.numpy().copy()
         return result
 
     def _warm_up(self, progress: Callable[[float], None] | None) -> None:
@@ -327,11 +334,11 @@ class CudaBackend:
         if INTERPRET:
             return  # There is nothing to compile, and a step takes many seconds.
         slot = self._slots[0]
-        for done, ((_rows, long), plan) in enumerate(self._plans.items(), 1):
-            slot.set_input([0] * plan.num_tokens)
+        for done, plan in enumerate(self._plans.values(), 1):
+            slot.set_input([0] * plan.num_tokens, 0)
             slot.run(plan)
             if plan.num_tokens == 1:
-                slot.sampled_step(plan, long=long)
+                slot.sampled_step(plan)
             if progress is not None:
                 progress(done / len(self._plans))
         if self._device.type == "cuda":
@@ -383,22 +390,16 @@ class _Guard:
 class _Slot:
     """One sequence: its decoder with the KV cache, its graphs, how much of the cache counts."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        weights: DecodeWeights,
-        room: int,
-        persistent: PersistentPlan | None,
-    ) -> None:
+    def __init__(self, config: ModelConfig, weights: DecodeWeights, room: int) -> None:
         self.decoder = GpuDecoder(weights, room)
-        self._persistent = PersistentDecoder(self.decoder, persistent) if persistent else None
         self.length = 0
         self._num_layers = config.num_layers
         self._graphs: dict[DecodePlan, Any] = {}
         self._sampled: dict[DecodePlan, Any] = {}
         self.sampler = DeviceSampler(config.vocab_size, room, weights.head.device)
         on_gpu = weights.head.device.type == "cuda"
-        self._tokens = _pinned((ROWS[-1],), torch.int32, on_gpu)
+        self._tokens = _pinned((MOST_BY_KERNELS + ROWS[-1],), torch.int32, on_gpu)
+        self._uploaded = torch.cuda.Event() if on_gpu else None
 
     def cache(self) -> KVCache:
         """The same memory as torch's prefill wants it."""
@@ -408,12 +409,20 @@ class _Slot:
             length=self.length,
         )
 
-    def set_input(self, tokens: Sequence[int]) -> None:
-        """The next step's tokens; their positions follow from `length`."""
-        count = len(tokens)
-        self._tokens[:count] = torch.tensor(tokens, dtype=torch.int32)
-        self.decoder.tokens[:count].copy_(self._tokens[:count], non_blocking=True)
-        self.decoder.position.fill_(self.length)
+    def set_input(self, tokens: Sequence[int], length: int, at: int = 0) -> None:
+        """The next step's tokens, after `length` others.
+
+        The host's copy lies `at` its place until it is on the device: steps that are queued one
+        after the other need different places, of which 0 comes first.
+        """
+        if at == 0 and self._uploaded is not None:
+            self._uploaded.synchronize()
+        end = at + len(tokens)
+        self._tokens[at:end] = torch.tensor(tokens, dtype=torch.int32)
+        self.decoder.tokens[: len(tokens)].copy_(self._tokens[at:end], non_blocking=True)
+        self.decoder.position.fill_(length)
+        if self._uploaded is not None:
+            self._uploaded.record()
 
     def run(self, plan: DecodePlan) -> None:
         """One step, as a graph where there is a GPU."""
@@ -426,19 +435,13 @@ class _Slot:
             self._graphs[plan] = graph
         graph.replay()
 
-    def sampled_step(self, plan: DecodePlan, *, long: bool) -> Callable[[], None]:
-        """Queues one step of one token that the sampler ends and feeds back.
-
-        `long`: whether the plan is the one for long contexts.
-        """
+    def sampled_step(self, plan: DecodePlan) -> Callable[[], None]:
+        """Queues one step of one token that the sampler ends and feeds back."""
         if INTERPRET:
             return lambda: self.decoder.step(plan, sampler=self.sampler)
         graph = self._sampled.get(plan)
         if graph is None:
-            if self._persistent is not None and not long:
-                graph = self._persistent.capture(self.sampler)
-            else:
-                graph = self.decoder.capture(plan, feedback=False, sampler=self.sampler)
+            graph = self.decoder.capture(plan, feedback=False, sampler=self.sampler)
             self._sampled[plan] = graph
         replay: Callable[[], None] = graph.replay
         return replay
@@ -458,25 +461,6 @@ def _plans(weights: DecodeWeights, device: torch.device) -> dict[tuple[int, bool
         plans[rows, False] = plan
         plans[rows, True] = plan_for(weights, num_tokens=rows, pdl=pdl, num_parts=32)
     return plans
-
-
-def _persistent(weights: DecodeWeights, device: torch.device) -> PersistentPlan | None:
-    """How to decode in one kernel, where that is faster: small models on Hopper and later.
-
-    Measured on an H100 (docs/lab/gpu-decode.md): a sixth less time for weights that stay in the
-    cache, no gain for those that do not.
-    """
-    if device.type != "cuda" or weights.bytes_per_token > CACHE_BYTES:
-        return None
-    properties = torch.cuda.get_device_properties(device)
-    if properties.major < 9:
-        return None
-    try:
-        return persistent_plan(
-            weights, num_programs=properties.multi_processor_count, num_parts=32, bulk=True
-        )
-    except ConfigError:
-        return None
 
 
 def _pinned(shape: tuple[int, ...], dtype: torch.dtype, on_gpu: bool) -> torch.Tensor:

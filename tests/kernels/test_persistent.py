@@ -95,4 +95,4 @@ def test_positions_are_cut_into_no_more_parts_than_one_reader_takes() -> None:
     with pytest.raises(ConfigError, match="15"):
         persistent_plan(_weights(), num_parts=64)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="splits of 2 heads"):
-        persistent_plan(_weights(), num_programs=24, num_parts=48)  # type: ignore[arg-type]
+        persistent_plan(_weights(num_heads=2), num_programs=24, num_parts=96)  # type: ignore[arg-type]
