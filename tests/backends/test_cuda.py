@@ -50,7 +50,6 @@ for backend in (ours, plain):
     backend.rewind(1, 0)
 both(1, 11)         # what was typed, eight tokens and three through the kernels
 both(1, 9, "last")
-both(1, 10, "none")
 for backend in (ours, plain):
     backend.rewind(1, 2)
 both(0, 1, "none")
