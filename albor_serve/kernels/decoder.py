@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ from albor_serve.kernels.layout import TILE_COLS, TILE_ROWS
 from albor_serve.kernels.sampling import DeviceSampler
 from albor_serve.kernels.weights import DecodeWeights
 
-__all__ = ["DecodePlan", "GpuDecoder", "plan_for"]
+__all__ = ["DecodePlan", "GpuDecoder", "plan_for", "record"]
 
 
 NO_CANDIDATE: Final = 0xFFFFFF
@@ -98,6 +99,26 @@ def plan_for(
         pdl=pdl,
         asm=not INTERPRET,
     )
+
+
+def record(
+    step: Callable[[], None], position: Tensor, steps: Callable[[], None] | None = None
+) -> Any:
+    """Run `step` once, to compile its kernels, and record `steps` (or `step`) as a CUDA graph.
+
+    `position` is left as it was.
+    """
+    before = position.clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+        position.copy_(before)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        (steps or step)()
+    return graph
 
 
 class GpuDecoder:
@@ -292,18 +313,12 @@ class GpuDecoder:
 
         The caches and the position are left as they were but for the steps' own writes.
         """
-        before = self.position.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.step(plan, feedback=feedback, store_logits=store_logits, sampler=sampler)
-            self.position.copy_(before)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(num_steps):
+
+        def steps(count: int) -> None:
+            for _ in range(count):
                 self.step(plan, feedback=feedback, store_logits=store_logits, sampler=sampler)
-        return graph
+
+        return record(lambda: steps(1), self.position, lambda: steps(num_steps))
 
     def set_cache(self, keys: list[Tensor], values: list[Tensor], length: int) -> None:
         """Copy the first `length` positions of each layer's [H_kv, >= length, D] into the cache."""

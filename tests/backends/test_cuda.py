@@ -44,6 +44,14 @@ both(0, 12)         # a prompt, through torch
 both(0, 1)          # a token, through the kernels
 both(0, 3)          # drafts, padded to four
 both(1, 2, "last")  # another slot
+if device == "cpu":
+    ours._most_by_kernels = 11
+for backend in (ours, plain):
+    backend.rewind(1, 0)
+both(1, 11)         # what was typed, eight tokens and three through the kernels
+both(1, 9, "last")
+for backend in (ours, plain):
+    backend.rewind(1, 2)
 both(0, 1, "none")
 for backend in (ours, plain):
     backend.rewind(0, 5)
