@@ -122,3 +122,14 @@ def test_an_empty_slot_goes_before_one_with_content() -> None:
     choice = table.choose(arr(1, 2), None, 1)
     assert choice is not None
     assert choice.slot.index == 1
+
+
+def test_longest_is_the_slot_with_the_longest_common_beginning_busy_or_free() -> None:
+    table, _ = make()
+    fill(table.slots[0], arr(1, 2, 9))
+    fill(table.slots[2], arr(1, 2, 3, 4, 5))
+    chosen = table.choose(arr(1, 2, 3, 4, 5), None, 5)
+    assert chosen is not None
+    slot, length = table.longest(arr(1, 2, 3, 4, 8))
+    assert (slot.index, length) == (2, 4)
+    assert table.longest(arr(8))[1] == 0

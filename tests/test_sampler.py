@@ -196,3 +196,54 @@ def test_values_outside_their_range_are_refused(field: str, value: float) -> Non
 def test_bias_outside_its_range_is_refused() -> None:
     with pytest.raises(RequestError):
         SamplingParams(logit_bias=((1, math.nan),))
+
+
+def test_logprobs_of_a_limited_choice_are_those_among_the_allowed() -> None:
+    allowed = np.array([40, 2, 17])
+    sampler = Sampler(SamplingParams(temperature=0.0, num_logprobs=5), VOCAB)
+    sampled = sampler.sample(LOGITS, allowed)
+    want = dict(zip(allowed.tolist(), np.log(softmax(LOGITS[allowed])), strict=True))
+    assert sampled.logprob == pytest.approx(want[sampled.token_id])
+    assert dict(sampled.top_logprobs) == pytest.approx(want)  # the others have no probability
+
+
+def test_top_k_of_one_is_greedy_and_of_all_is_none() -> None:
+    assert set(draw(SamplingParams(temperature=5.0, top_k=1, seed=3), num=200)) == {
+        int(LOGITS.argmax())
+    }
+    everything = SamplingParams(temperature=2.0, top_k=VOCAB, seed=3)
+    plain = SamplingParams(temperature=2.0, seed=3)
+    assert draw(everything, num=100) == draw(plain, num=100)
+
+
+def test_min_p_keeps_what_is_just_likely_enough() -> None:
+    logits = np.full(VOCAB, -20.0, dtype=np.float32)
+    logits[[3, 4]] = 1.0  # the second is exactly as likely as the first
+    assert set(draw(SamplingParams(min_p=1.0, seed=1), logits, num=200)) == {3, 4}
+
+
+def test_frequency_penalty_takes_its_value_once_for_each_occurrence() -> None:
+    logits = np.zeros(VOCAB, dtype=np.float32)
+    logits[3], logits[4] = 1.0, 0.3
+    sampler = Sampler(SamplingParams(temperature=0.0, frequency_penalty=0.5), VOCAB)
+    sampler.accept(3)
+    assert sampler.sample(logits).token_id == 3  # 0.5 against 0.3
+    sampler.accept(3)
+    assert sampler.sample(logits).token_id == 4  # 0 against 0.3
+
+
+def test_repetition_penalty_counts_what_was_accepted() -> None:
+    logits = np.full(VOCAB, -10.0, dtype=np.float32)
+    logits[3], logits[4] = 1.0, 0.9
+    sampler = Sampler(SamplingParams(temperature=0.0, repetition_penalty=1.5), VOCAB)
+    assert sampler.sample(logits).token_id == 3
+    sampler.accept(3)
+    assert sampler.sample(logits).token_id == 4
+
+
+def test_log_softmax_treats_rows_apart() -> None:
+    rows = np.stack([LOGITS, LOGITS[::-1] + 700])
+    together = log_softmax(rows)
+    for row, logprobs in zip(rows, together, strict=True):
+        assert logprobs == pytest.approx(log_softmax(row))
+        assert float(np.exp(logprobs).sum()) == pytest.approx(1.0)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from albor_serve.speculate import Draft, DraftPolicy, propose
+from albor_serve.speculate import Draft, DraftPolicy, lookup_text, propose
 from tests.fakes import LinearCosts
 
 
@@ -71,3 +71,16 @@ def test_measured_steps_correct_the_calibration() -> None:
     for _ in range(60):
         policy.observe_step(1, 20.0)  # everything has become slow alike
     assert policy.num_to_verify(draft) == 4
+
+
+def test_given_drafts_are_found_after_the_prompt_and_again_after_a_detour() -> None:
+    prompt = [1, 2, 3, 4, 5, 6]
+    drafts = [[10, 11, 12, 13], [20, 21]]
+    text = lookup_text(prompt, drafts)
+    assert text.dtype == np.int32
+    history = np.array([*text, *prompt], dtype=np.int32)
+    # Of two drafts after the same prompt the last one is the latest match.
+    assert list(propose(history, 4).tokens)[:2] == [20, 21]
+    came_back = np.array([*text, *prompt, 7, 10, 11], dtype=np.int32)
+    assert list(propose(came_back, 2).tokens) == [12, 13]
+    assert lookup_text(prompt, []).size == 0

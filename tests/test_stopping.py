@@ -50,8 +50,19 @@ def test_names_the_stop_string_it_found() -> None:
 
 
 def test_refuses_an_empty_stop_string() -> None:
-    with pytest.raises(RequestError, match="empty"):
+    with pytest.raises(RequestError, match="empty") as caught:
         TextAssembler(("a", ""))
+    assert caught.value.param == "stop"
+
+
+def test_nothing_comes_after_a_stop_string_or_twice() -> None:
+    assembler = TextAssembler(("stop",))
+    assert assembler.feed(b"one st") == "one "
+    assert assembler.feed(b"op two") == ""
+    assert (assembler.stopped_by, assembler.flush()) == ("stop", "")
+    open_end = TextAssembler(("stop",))
+    assert open_end.feed(b"one sto") == "one "
+    assert (open_end.flush(), open_end.flush()) == ("sto", "")
 
 
 @given(

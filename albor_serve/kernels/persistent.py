@@ -19,6 +19,9 @@ gain themselves and find the mean square from what they read.
 Before a program waits for words it loads the weights that it will multiply them with; and it asks
 for the same weights of the next layer to come to the L2 cache, so memory is read all the time.
 
+The backend does not use it yet: it wins only where tokens are fed back inside the kernel
+(docs/lab/gpu-decode.md, version D).
+
 `PHASE` restricts a launch to one part of one layer: for the interpreter, whose programs cannot wait
 for each other.
 """
@@ -45,7 +48,7 @@ from albor_serve.kernels.core import (
     sum_columns,
     undo_16,
 )
-from albor_serve.kernels.decoder import GpuDecoder, record
+from albor_serve.kernels.decoder import GpuDecoder
 from albor_serve.kernels.exchange import (
     attention_asm,
     fence,
@@ -71,7 +74,6 @@ from albor_serve.kernels.exchange import (
     tags_base,
 )
 from albor_serve.kernels.layout import TILE_COLS, TILE_ROWS
-from albor_serve.kernels.sampling import DeviceSampler
 from albor_serve.kernels.steps import (
     attend_rows,
     candidate,
@@ -738,20 +740,6 @@ class PersistentDecoder:
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise BackendError(f"a GPU kernel failed: {reason}") from error
-
-    def capture(self, sampler: DeviceSampler) -> Any:
-        """Record one step that the sampler ends and feeds back in a CUDA graph; returns it.
-
-        Raises:
-            BackendError: the kernel could not be compiled or launched, or cannot be recorded.
-        """
-        d = self._decoder
-
-        def step() -> None:
-            self.run()
-            sampler.choose(d.logits, d.best, d.tokens, d.position, 1, pdl=False)
-
-        return record(step, d.position)
 
     def _interpret(self, feedback: bool, store_logits: bool) -> None:
         """One token, each part of each layer as a launch of its own."""
