@@ -204,6 +204,12 @@ class CudaBackend:
         """The flag that stops the call in flight. It stays set until it is cleared."""
         return self._abort
 
+    @property
+    def decode_weights(self) -> DecodeWeights:
+        """The packed weights that the kernels read. Raises BackendError once it is closed."""
+        self._open()
+        return self._slots[0].decoder.weights
+
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def extend(self, steps: Sequence[ExtendStep]) -> list[LogitRows]:
         """Append tokens to caches and return logits; see `Backend.extend`."""

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from albor_serve.bench.gpu_command import add_gpu
 from albor_serve.bench.replay.command import add_replay
 from albor_serve.errors import AlborError, ConfigError
 
@@ -24,6 +25,7 @@ examples:
   albor-bench infill --data HumanEval-SingleLineInfilling.jsonl.gz --every 10
   albor-bench cancel --rounds 100                     a client goes away: when is its slot free?
   albor-bench replay --scenes 12 --plot replay.png    what a person feels while typing
+  albor-bench gpu --shape 350m --json gpu.json        one GPU, beside torch and llama.cpp
 
 Peers: llama-server (as its users start it), llama-server-noflash (without flash attention, which
 slows decoding on CPUs; albor does without it, too), llama-cpp-python (as its users call it),
@@ -48,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_cancel(commands)
     add_replay(commands)
     _add_load(commands)
+    add_gpu(commands)
     options = parser.parse_args(argv)
     options.command = shlex.join(["albor-bench", *(sys.argv[1:] if argv is None else argv)])
     try:

@@ -12,12 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 
 from albor_serve.config import ModelConfig
-from albor_serve.convert import cache_folder
 
 __all__ = ["SHAPES", "shape_gguf"]
 
@@ -43,6 +41,8 @@ def shape_gguf(name: str, config: ModelConfig | None = None, folder: Path | None
         config: the shape, if it is not one of SHAPES.
         folder: where to keep the file; None takes the cache.
     """
+    from albor_serve.convert import cache_folder
+
     config = config or SHAPES[name]
     folder = folder or cache_folder().parent / "shapes"
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,6 +58,8 @@ def shape_gguf(name: str, config: ModelConfig | None = None, folder: Path | None
 
 
 def _write(path: Path, name: str, config: ModelConfig) -> None:
+    import gguf  # here, since shapes alone are of use where the package is missing
+
     rng = np.random.default_rng(0)
     writer: Any = gguf.GGUFWriter(path, config.architecture)
     try:
@@ -112,6 +114,8 @@ def _add_vocabulary(writer: Any, vocab_size: int) -> None:
     letters |= {byte: chr(256 + at) for at, byte in enumerate(others)}
     tokens = [*_SPECIALS, *(letters[byte] for byte in range(256))]
     tokens += [f"word{i}" for i in range(len(tokens), vocab_size)]
+    import gguf
+
     kinds = [gguf.TokenType.CONTROL] * len(_SPECIALS)
     kinds += [gguf.TokenType.NORMAL] * (vocab_size - len(kinds))
     writer.add_tokenizer_model("gpt2")
@@ -129,6 +133,8 @@ def _add_norm(writer: Any, name: str, size: int) -> None:
 
 def _add_matrix(writer: Any, rng: np.random.Generator, name: str, rows: int, columns: int) -> None:
     """Random Q4_0 groups made directly: 2 bytes of scale, 16 bytes of nibbles."""
+    import gguf
+
     groups = rows * columns // 32
     scale = np.float16(1 / (_Q4_0_RMS * math.sqrt(columns)))
     data: npt.NDArray[np.uint8] = np.empty((groups, 18), dtype=np.uint8)
