@@ -226,10 +226,14 @@ def llama_rows(line: str) -> list[GpuRow]:
     flash = "flash" if value.get("flash_attn") not in (0, False, "off", "0") else "no flash"
     num_new, num_prompt = int(value.get("n_gen", 0)), int(value.get("n_prompt", 0))
     note = f"{flash}, build {value.get('build_commit', '?')}, {value.get('backends', '?')}"
-    us = 1e6 / float(value["avg_ts"])
+    us: float | None = 1e6 / float(value["avg_ts"])
+    if "CUDA" not in str(value.get("backends")):
+        # Its time on the CPU must not be taken for the GPU's.
+        us, note = None, f"{note}: this llama-bench was built without CUDA"
     context = int(value.get("n_depth", 0))
     if num_new:
         what = f"token, llama-bench, {flash}"
         return [GpuRow("llama.cpp", what, context=context, us=us, note=note)]
     what = f"prompt of {num_prompt}"
-    return [GpuRow("llama.cpp", what, context, rows=num_prompt, us=us * num_prompt, note=note)]
+    whole = None if us is None else us * num_prompt
+    return [GpuRow("llama.cpp", what, context, rows=num_prompt, us=whole, note=note)]

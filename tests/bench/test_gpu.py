@@ -96,7 +96,7 @@ def test_llama_bench_is_read_line_by_line(tmp_path: Path) -> None:
         {"n_prompt": 0, "n_gen": 32, "n_depth": 512, "avg_ts": 1000.0, "flash_attn": 0},
     ]
     program = tmp_path / "llama-bench"
-    body = "\n".join(f"echo '{json.dumps(line)}'" for line in lines)
+    body = "\n".join(f"echo '{json.dumps(line | {'backends': 'CUDA'})}'" for line in lines)
     program.write_text(f'#!/bin/sh\n[ "$2" = /model.gguf ] || exit 3\n{body}\n')
     program.chmod(0o755)
     report, _ = _report()
@@ -112,6 +112,9 @@ def test_llama_bench_is_read_line_by_line(tmp_path: Path) -> None:
     assert "no flash" in token.note
     assert "no flash" not in prompt.note
     assert report.ratios() == ["llama.cpp: 10.0 x at 512 tokens of context"]
+    on_cpu = llama_rows(json.dumps(lines[1] | {"backends": "CPU"}))
+    assert on_cpu[0].us is None
+    assert "without CUDA" in on_cpu[0].note
     assert llama_rows("warning: something") == llama_rows('{"a": 1}') == llama_rows('{"a') == []
 
 
