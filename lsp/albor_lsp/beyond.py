@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from os.path import commonprefix
 from typing import Final
 
 __all__ = ["places_beyond", "turns"]
@@ -18,6 +17,7 @@ __all__ = ["places_beyond", "turns"]
 LEFT_OVER_SHARE: Final = 0.25
 """Of the likelihood that no listed token has, what may belong to tokens that begin as typed."""
 LEAST_CHANCE: Final = 0.01
+"""Turns that are less likely are not worth computing."""
 
 Token = tuple[str, float]
 """(text, log-probability)."""
@@ -53,7 +53,7 @@ def places_beyond(
         rest = "".join(texts[start:end])
         if start:
             token = start - 1
-            typed_len = _sure_after(tokens[token], alternatives[token : start], min_confidence)
+            typed_len = _sure_after(tokens[token], alternatives[token:start], min_confidence)
             if typed_len:
                 text = texts[token]
                 yield "".join(texts[:token]) + text[:typed_len], text[typed_len:] + rest
@@ -99,7 +99,7 @@ def turns(
     for at, ((text, logprob), others) in enumerate(zip(tokens, alternatives, strict=False)):
         known = {other: value for other, value in others.items() if other != text}
         for other, value in known.items() if at else _after_prompt(known, prompt):
-            shared = len(commonprefix([other, text]))
+            shared = _shared_len(other, text)
             if shared < min(len(other), len(text)):
                 turn = before + other[: shared + 1]
                 chances[turn] = chances.get(turn, 0.0) + reached * math.exp(value)
@@ -110,8 +110,15 @@ def turns(
 
 
 def _after_prompt(others: Mapping[str, float], prompt: str) -> Iterator[tuple[str, float]]:
-    shared = commonprefix(list(others))
-    size = next((size for size in range(len(shared), 0, -1) if prompt.endswith(shared[:size])), 0)
+    words = list(others)
+    shared_len = min((_shared_len(words[0], word) for word in words), default=0)
+    fitting = (size for size in range(shared_len, 0, -1) if prompt.endswith(words[0][:size]))
+    size = next(fitting, 0)
     for other, value in others.items():
         if other[size:]:
             yield other[size:], value
+
+
+def _shared_len(first: str, second: str) -> int:
+    pairs = zip(first, second, strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
