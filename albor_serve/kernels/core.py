@@ -26,10 +26,14 @@ __all__ = [
     "load_tile",
     "load_x",
     "mma_tile",
+    "prefetch_lines",
+    "put_one",
+    "put_shared",
     "result_index",
     "settle",
     "share",
     "shared_base",
+    "shared_float",
     "sum_columns",
     "sum_partials",
     "sum_rows",
@@ -91,6 +95,15 @@ _BASE = f"{{ .shared .align 16 .b8 sums[{SUM_BYTES}]; mov.b32 $0, sums; }}"
 
 _SETTLE = "{ .reg .pred p; setp.ne.u32 p, 0, 0; bar.red.popc.u32 $0, 0, p; }"
 
+_SHARE_SOME = (
+    "{ .reg .pred p; setp.ne.u32 p, $12, 0; @p st.shared.v4.f32 [$8], {$4, $5, $6, $7};"
+    " mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; }"
+)
+
+_PREFETCH = (
+    "{ .reg .pred p; setp.lt.s32 p, $2, $3; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }"
+)
+
 _SHARE = "st.shared.v4.f32 [$8], {$4, $5, $6, $7}; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0;"
 _SHARE += " mov.b32 $3, 0;"
 
@@ -148,6 +161,9 @@ if hasattr(tl, "dot"):
     MMA_MANY = tl.constexpr(_mma_asm(one_token=False))
     MMA_CONSTRAINTS = tl.constexpr(",".join(["=f"] * 4 + ["r"] * 28 + ["f"] * 8))
     SETTLE = tl.constexpr(_SETTLE)
+    PREFETCH = tl.constexpr(_PREFETCH)
+    SHARE_SOME = tl.constexpr(_SHARE_SOME)
+    SHARE_SOME_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,f,f,f,f,r,r,r,r,r,r,r,r")
     BASE = tl.constexpr(_BASE)
     SHARE = tl.constexpr(_SHARE)
     SHARE_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,f,f,f,f,r,r,r,r")
@@ -186,6 +202,26 @@ def settle(ASM: tl.constexpr):
     else:
         zero = 0.0
     return zero
+
+
+@jit()
+def prefetch_lines(ptr, LINES: tl.constexpr, THREADS: tl.constexpr, ASM: tl.constexpr):
+    """Ask for LINES lines of 128 bytes from `ptr` to be brought to the L2 cache.
+
+    All programs of a grid of one or two axes, with THREADS threads each, take their share.
+    """
+    if ASM and LINES > 0:
+        programs = tl.num_programs(0) * tl.num_programs(1)
+        program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        line = program * THREADS + tl.arange(0, THREADS)
+        address = ptr.to(tl.int64) + line.to(tl.int64) * 128
+        for _ in range((LINES + programs * THREADS - 1) // (programs * THREADS)):
+            tl.inline_asm_elementwise(
+                PREFETCH, "=r,l,r,r", [address, line, line * 0 + LINES], dtype=tl.int32,
+                is_pure=False, pack=1,
+            )  # fmt: skip
+            line += programs * THREADS
+            address += programs.to(tl.int64) * (THREADS * 128)
 
 
 @jit()
@@ -464,6 +500,33 @@ def share(base, band, acc, e, ASM: tl.constexpr, W: tl.constexpr):
             is_pure=False,
             pack=4,
         )
+
+
+@jit()
+def put_shared(base, index, value, ok):
+    """Leave float32 values, four of a thread side by side, in shared memory. With assembly only."""
+    tl.inline_asm_elementwise(
+        SHARE_SOME, SHARE_SOME_CONSTRAINTS, [value, base + index * 4, ok.to(tl.int32)], dtype=tl.int32,
+        is_pure=False, pack=4,
+    )  # fmt: skip
+
+
+@jit()
+def put_one(base, index, value):
+    """Leave float32 values in shared memory. With assembly only."""
+    tl.inline_asm_elementwise(
+        "st.shared.f32 [$2], $1; mov.b32 $0, 0;", "=r,f,r", [value, base + index * 4],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@jit()
+def shared_float(base, index):
+    """Float32 number `index` of shared memory."""
+    return tl.inline_asm_elementwise(
+        "ld.shared.f32 $0, [$1];", "=f,r", [base + index * 4],
+        dtype=tl.float32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @jit()

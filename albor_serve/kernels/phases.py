@@ -15,6 +15,7 @@ from albor_serve.kernels.core import (
     load_tile,
     load_x,
     mma_tile,
+    prefetch_lines,
     result_index,
     settle,
     share,
@@ -25,6 +26,7 @@ from albor_serve.kernels.core import (
 )
 from albor_serve.kernels.steps import (
     attend_many,
+    attend_new,
     attend_one,
     candidate,
     candidate_index,
@@ -67,7 +69,8 @@ def _wait(PDL: tl.constexpr):
 def embed_kernel(w_ptr, g_ptr, keys_ptr, tokens_ptr, pos_ptr, out_ptr, cos_ptr, sin_ptr, h_ptr,
                  x_ptr, sums_ptr, inverse_ptr, rope_ptr, num_keys, eps, KT: tl.constexpr,
                  KB: tl.constexpr, NK: tl.constexpr, D: tl.constexpr, PB: tl.constexpr,
-                 PBP: tl.constexpr, FEEDBACK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                 PBP: tl.constexpr, C: tl.constexpr, FEEDBACK: tl.constexpr,
+                 PDL: tl.constexpr):  # fmt: skip
     """Write the embeddings of the next M tokens to h and x; program m handles token m.
 
     With FEEDBACK (M = 1) the token is the best of keys [NK, 8]; the program also appends it to
@@ -101,28 +104,32 @@ def embed_kernel(w_ptr, g_ptr, keys_ptr, tokens_ptr, pos_ptr, out_ptr, cos_ptr, 
     total = tl.sum(h * h, axis=0)
     inverse = tl.rsqrt(total / (KT * 128) + eps)
     tl.store(h_ptr + m * KT * 128 + k, h, mask=ok)
-    tl.store(x_ptr + m * KT * 128 + k, (h * gain * inverse).to(tl.float16), mask=ok)
     band = tl.arange(0, PBP)
-    tl.store(sums_ptr + m * PB + band, tl.where(band == 0, total, 0.0), mask=band < PB)
-    tl.store(inverse_ptr + m, inverse)
+    for copy in tl.static_range(C):
+        at = (copy * 8 + m) * KT * 128
+        tl.store(x_ptr + at + k, (h * gain * inverse).to(tl.float16), mask=ok)
+        tl.store(sums_ptr + (copy * 8 + m) * PB + band, tl.where(band == 0, total, 0.0),
+                 mask=band < PB)  # fmt: skip
+        tl.store(inverse_ptr + copy * 8 + m, inverse)
 
 
 @jit()
-def _scale(base, slot, inverse, last, inverse_ptr, row, token, ok, first, ASM: tl.constexpr,
-           W: tl.constexpr):  # fmt: skip
+def _scale(base, slot, inverse, last, inverse_ptr, row, token, ok, first, C: tl.constexpr,
+           ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """What a product with x is to be multiplied with to be one with RMSNorm(h), for each element.
 
     The `first` program also stores the inverse for the next user.
     """
     new = from_warp_0(base, slot, inverse, result_index(0, token), ASM, W)
-    tl.store(inverse_ptr + token, new, mask=ok & (row == 0) & first)
+    # Row r stores copy r.
+    tl.store(inverse_ptr + row * 8 + token, new, mask=ok & (row < C) & first)
     return new / last
 
 
 @jit()
-def qkv_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, qkv_ptr, eps, N: tl.constexpr,
-               KT: tl.constexpr, PB: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
-               STREAM: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
+def qkv_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, qkv_ptr, next_ptr, eps,
+               N: tl.constexpr, KT: tl.constexpr, PB: tl.constexpr, C: tl.constexpr,
+               NEXT: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
                W: tl.constexpr):  # fmt: skip
     """Qkv = W · RMSNorm(h): one band of 16 outputs for each program."""
     _start(PDL)
@@ -131,34 +138,38 @@ def qkv_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, qkv_ptr, eps, N: t
     KPW: tl.constexpr = (KT + W - 1) // W
     base = shared_base(ASM)
     tiles = load_bands(w_ptr, band, KT, 1, STREAM, e, W)
+    prefetch_lines(next_ptr, NEXT, W * 32, ASM)
+    copy = band % C
     _wait(PDL)
-    xs = load_inputs(x_ptr, e, KT, M, W)
+    xs = load_inputs(x_ptr + copy * (8 * KT * 64), e, KT, M, W)
     c = tl.arange(0, W * 32)
     row = c // MP % 16
     token = c % MP
     ok = (c < 16 * MP) & (token < M)
-    last = tl.load(last_ptr + token, mask=ok, other=1.0)
-    inverse, zero = inverse_rms(sums_ptr, e, eps, KT * 128, PB, M, ASM, W)
+    last = tl.load(last_ptr + copy * 8 + token, mask=ok, other=1.0)
+    inverse, zero = inverse_rms(sums_ptr + copy * (8 * PB), e, eps, KT * 128, PB, M, ASM, W)
     acc = product(tiles, xs, zero, 0, KPW, M > 1, ASM, W)
     share(base, 0, acc, e, ASM, W)
     share(base, 1, inverse, e, ASM, W)
     tl.debug_barrier()
     y = across_warps(base, (acc,), c * 0, result_index(row, token), ASM, W)
-    scale = _scale(base, 1, inverse, last, inverse_ptr, row, token, ok, band == 0, ASM, W)
+    scale = _scale(base, 1, inverse, last, inverse_ptr, row, token, ok, band == 0, C, ASM, W)
     y = y * tl.where(row < 8, scale, scale * 0.0625)
     tl.store(qkv_ptr + token * N + band * 16 + row, y, mask=ok)
 
 
 @jit()
 def attention_one_kernel(qkv_ptr, k_ptr, v_ptr, rope_ptr, qn_ptr, kn_ptr, att_ptr, lse_ptr,
-                         pos_ptr, max_len, eps, H: tl.constexpr, HKV: tl.constexpr,
+                         pos_ptr, next_ptr, max_len, eps, H: tl.constexpr, HKV: tl.constexpr,
                          D: tl.constexpr, GP: tl.constexpr, QH: tl.constexpr, RL: tl.constexpr,
                          NR: tl.constexpr, S: tl.constexpr, QK_NORM: tl.constexpr,
-                         PDL: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
-    """Attention of one token: program (kv head, split)."""
+                         NEXT: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
+                         W: tl.constexpr):  # fmt: skip
+    """Attention of one token: program (kv head, split); split S is the new token's own."""
     _start(PDL)
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
+    shared = shared_base(ASM)
     base = kv_head * max_len * D
     r = tl.arange(0, RL)[:, None, None]
     i = tl.arange(0, QH)[None, :, None]
@@ -166,16 +177,22 @@ def attention_one_kernel(qkv_ptr, k_ptr, v_ptr, rope_ptr, qn_ptr, kn_ptr, att_pt
     first = (split * (QH // GP) + i // GP) * (NR * RL)
     # Kernels of the same token may still run, but none that writes what this reads: the new
     # token's key and value do not come from the cache.
-    rows = load_rows(k_ptr + base, v_ptr + base, first, r, d2, max_len, D, RL, NR)
+    limit = tl.where(split < S, max_len, 0)
+    rows = load_rows(k_ptr + base, v_ptr + base, first, r, d2, limit, D, RL, NR)
     gains = ()
     if QK_NORM:
         at = d2 + r * 0 + i * 0
-        gains = (tl.load(qn_ptr + at), tl.load(qn_ptr + D // 2 + at), tl.load(kn_ptr + at),
-                 tl.load(kn_ptr + D // 2 + at))  # fmt: skip
+        gains = (tl.load(qn_ptr + at), tl.load(qn_ptr + D // 2 + at))
+    prefetch_lines(next_ptr, NEXT, W * 32, ASM)
     _wait(PDL)
-    attend_one(rows, gains, first, qkv_ptr, k_ptr + base, v_ptr + base, rope_ptr, att_ptr, lse_ptr,
-               pos_ptr, kv_head, split, max_len, eps, H, HKV, D, GP, QH, RL, NR, S,
-               QK_NORM, ASM)  # fmt: skip
+    if split < S:
+        attend_one(rows, gains, first, qkv_ptr, k_ptr + base, v_ptr + base, rope_ptr, att_ptr,
+                   lse_ptr, pos_ptr, kv_head, split, max_len, eps, shared, H, HKV, D, GP, QH, RL,
+                   NR, S, QK_NORM, ASM, W)  # fmt: skip
+    else:
+        PARTS: tl.constexpr = 1 if ASM else QH // GP
+        attend_new(qkv_ptr, k_ptr + base, v_ptr + base, rope_ptr, qn_ptr, kn_ptr, att_ptr, lse_ptr,
+                   pos_ptr, kv_head, S * PARTS, eps, H, HKV, D, GP, QK_NORM)  # fmt: skip
 
 
 @jit()
@@ -212,7 +229,7 @@ def _load_residual(h_ptr, g_ptr, scale_ptr, band, N: tl.constexpr, M: tl.constex
 
 @jit()
 def _finish(base, acc, residual, out_ptr, x_ptr, sums_ptr, band, N: tl.constexpr,
-            PB: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, ASM: tl.constexpr,
+            PB: tl.constexpr, C: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, ASM: tl.constexpr,
             W: tl.constexpr):  # fmt: skip
     """Add up a band's shared results, add them to h; write it, its x and its sum of squares."""
     c = tl.arange(0, W * 32)
@@ -222,19 +239,23 @@ def _finish(base, acc, residual, out_ptr, x_ptr, sums_ptr, band, N: tl.constexpr
     y = across_warps(base, (acc,), c * 0, result_index(row, token), ASM, W)
     h = residual[0] + tl.where(row < 8, y, y * 0.0625)
     at = token * N + band * 16 + row
-    tl.store(x_ptr + at, (h * residual[1] * residual[2]).to(tl.float16), mask=ok)
+    x = (h * residual[1] * residual[2]).to(tl.float16)
+    for copy in tl.static_range(C):
+        tl.store(x_ptr + copy * (8 * N) + at, x, mask=ok)
     tl.store(out_ptr + at, h, mask=ok)
     total = sum_rows(tl.where(ok, h * h, 0.0), MP, ASM)
     if MP == 1:
-        tl.store(sums_ptr + band + c * 0, total, mask=c == 0)
+        tl.store(sums_ptr + c * (8 * PB) + band, total, mask=c < C)
     else:
         t = tl.arange(0, MP)
-        tl.store(sums_ptr + t * PB + band, total, mask=t < M)
+        for copy in tl.static_range(C):
+            tl.store(sums_ptr + (copy * 8 + t) * PB + band, total, mask=t < M)
 
 
 @jit()
 def output_kernel(w_ptr, att_ptr, lse_ptr, h_ptr, out_ptr, g_ptr, scale_ptr, x_ptr, sums_ptr,
-                  N: tl.constexpr, KT: tl.constexpr, PB: tl.constexpr, M: tl.constexpr,
+                  next_ptr, N: tl.constexpr, KT: tl.constexpr, PB: tl.constexpr,
+                  C: tl.constexpr, NEXT: tl.constexpr, M: tl.constexpr,
                   MP: tl.constexpr, H: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
                   STREAM: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
                   W: tl.constexpr):  # fmt: skip
@@ -245,19 +266,20 @@ def output_kernel(w_ptr, att_ptr, lse_ptr, h_ptr, out_ptr, g_ptr, scale_ptr, x_p
     KPW: tl.constexpr = (KT + W - 1) // W
     base = shared_base(ASM)
     tiles = load_bands(w_ptr, band, KT, 1, STREAM, e, W)
+    prefetch_lines(next_ptr, NEXT, W * 32, ASM)
     _wait(PDL)
-    residual = _load_residual(h_ptr, g_ptr, scale_ptr, band, N, M, MP, W)
+    residual = _load_residual(h_ptr, g_ptr, scale_ptr + band % C * 8, band, N, M, MP, W)
     xs, zero = load_attention(att_ptr, lse_ptr, e, KT, M, MP, H, D, S, ASM, W)
     acc = sum_columns(product(tiles, xs, zero, 0, KPW, True, ASM, W), MP, ASM, W)
     share(base, 0, acc, e, ASM, W)
     tl.debug_barrier()
-    _finish(base, acc, residual, out_ptr, x_ptr, sums_ptr, band, N, PB, M, MP, ASM, W)
+    _finish(base, acc, residual, out_ptr, x_ptr, sums_ptr, band, N, PB, C, M, MP, ASM, W)
 
 
 @jit()
-def gate_up_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, act_ptr, eps, F: tl.constexpr,
-                   KT: tl.constexpr, NB: tl.constexpr, PB: tl.constexpr,
-                   M: tl.constexpr, MP: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr,
+def gate_up_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, act_ptr, next_ptr, eps,
+                   F: tl.constexpr, KT: tl.constexpr, NB: tl.constexpr, PB: tl.constexpr,
+                   C: tl.constexpr, NEXT: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr,
                    ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """Act = SiLU(gate) · up of RMSNorm(h): NB bands of 8 channels for each program.
 
@@ -269,15 +291,17 @@ def gate_up_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, act_ptr, eps, 
     KPW: tl.constexpr = (KT + W - 1) // W
     base = shared_base(ASM)
     tiles = load_bands(w_ptr, band, KT, NB, STREAM, e, W)
+    prefetch_lines(next_ptr, NEXT, W * 32, ASM)
+    copy = tl.program_id(0) % C
     _wait(PDL)
-    xs = load_inputs(x_ptr, e, KT, M, W)
+    xs = load_inputs(x_ptr + copy * (8 * KT * 64), e, KT, M, W)
     c = tl.arange(0, W * 32)
     which = tl.minimum(c // (8 * MP), NB - 1)
     row = c // MP % 8
     token = c % MP
     ok = (c < NB * 8 * MP) & (token < M)
-    last = tl.load(last_ptr + token, mask=ok, other=1.0)
-    inverse, zero = inverse_rms(sums_ptr, e, eps, KT * 128, PB, M, ASM, W)
+    last = tl.load(last_ptr + copy * 8 + token, mask=ok, other=1.0)
+    inverse, zero = inverse_rms(sums_ptr + copy * (8 * PB), e, eps, KT * 128, PB, M, ASM, W)
     accs = ()
     for b in tl.static_range(NB):
         acc = product(tiles, xs, zero, b, KPW, M > 1, ASM, W)
@@ -288,15 +312,16 @@ def gate_up_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, act_ptr, eps, 
     gate = across_warps(base, accs, which, result_index(row, token), ASM, W)
     up = across_warps(base, accs, which, result_index(row + 8, token), ASM, W)
     scale = _scale(base, NB, inverse, last, inverse_ptr, row, token, ok, (band == 0) & (which == 0),
-                   ASM, W)  # fmt: skip
+                   C, ASM, W)  # fmt: skip
     act = (silu(gate * scale) * (up * (scale * 0.0625))).to(tl.float16)
-    tl.store(act_ptr + token * F + (band + which) * 8 + row, act, mask=ok)
+    for to in tl.static_range(C):
+        tl.store(act_ptr + (to * 8 + token) * F + (band + which) * 8 + row, act, mask=ok)
 
 
 @jit()
 def feed_forward_kernel(w_ptr, act_ptr, h_ptr, out_ptr, g_ptr, scale_ptr, x_ptr, sums_ptr,
-                        N: tl.constexpr, KT: tl.constexpr, PB: tl.constexpr, M: tl.constexpr,
-                        MP: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr,
+                        N: tl.constexpr, KT: tl.constexpr, PB: tl.constexpr, C: tl.constexpr,
+                        M: tl.constexpr, MP: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr,
                         ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """Out = h + W · act."""
     _start(PDL)
@@ -306,19 +331,20 @@ def feed_forward_kernel(w_ptr, act_ptr, h_ptr, out_ptr, g_ptr, scale_ptr, x_ptr,
     base = shared_base(ASM)
     tiles = load_bands(w_ptr, band, KT, 1, STREAM, e, W)
     _wait(PDL)
-    residual = _load_residual(h_ptr, g_ptr, scale_ptr, band, N, M, MP, W)
-    xs = load_inputs(act_ptr, e, KT, M, W)
+    copy = band % C
+    residual = _load_residual(h_ptr, g_ptr, scale_ptr + copy * 8, band, N, M, MP, W)
+    xs = load_inputs(act_ptr + copy * (8 * KT * 64), e, KT, M, W)
     zero = settle(ASM)
     acc = product(tiles, xs, zero, 0, KPW, M > 1, ASM, W)
     share(base, 0, acc, e, ASM, W)
     tl.debug_barrier()
-    _finish(base, acc, residual, out_ptr, x_ptr, sums_ptr, band, N, PB, M, MP, ASM, W)
+    _finish(base, acc, residual, out_ptr, x_ptr, sums_ptr, band, N, PB, C, M, MP, ASM, W)
 
 
 @jit()
 def head_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, logits_ptr, keys_ptr, eps, num_bands,
-                V: tl.constexpr, KT: tl.constexpr, PB: tl.constexpr, M: tl.constexpr,
-                STORE: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
+                V: tl.constexpr, KT: tl.constexpr, PB: tl.constexpr, C: tl.constexpr,
+                M: tl.constexpr, STORE: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
                 W: tl.constexpr):  # fmt: skip
     """Logits = W · RMSNorm(h) and each program's best: a band of 16 for each warp.
 
@@ -334,6 +360,9 @@ def head_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, logits_ptr, keys_ptr, eps, num
     tiles = ()
     for k in tl.static_range(AHEAD):
         tiles = tiles + load_tile(w_ptr, row_of_tiles + k, e, STREAM)
+    copy = tl.program_id(0) % C
+    x_ptr += copy * (8 * KT * 64)
+    last_ptr += copy * 8
     _wait(PDL)
     xs = load_x(x_ptr, 0, e, KT, M)
     token = e // 4 % 4 * 2 + e % 2
@@ -341,7 +370,7 @@ def head_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, logits_ptr, keys_ptr, eps, num
         last = tl.load(last_ptr)
     else:
         last = tl.load(last_ptr + tl.minimum(token, M - 1))
-    inverse, zero = inverse_rms(sums_ptr, e, eps, KT * 128, PB, M, ASM, W)
+    inverse, zero = inverse_rms(sums_ptr + copy * (8 * PB), e, eps, KT * 128, PB, M, ASM, W)
     share(base, 0, inverse, e, ASM, W)
     acc = tl.zeros([W * 128], tl.float32)
     for k in tl.static_range(KT):

@@ -26,7 +26,10 @@ from albor_serve.kernels.core import (
     load_tile,
     load_x,
     mma_tile,
+    put_one,
+    put_shared,
     settle,
+    shared_float,
     sum_partials,
 )
 
@@ -201,17 +204,62 @@ def attend_rows(rows, first, r, limit, q_low, q_high, top, weight, o_low, o_high
 
 
 @jit()
-def attend_one(rows, gains, first, qkv_ptr, k_ptr, v_ptr, rope_ptr, att_ptr, lse_ptr, pos_ptr,
-               kv_head, split, limit, eps, H: tl.constexpr, HKV: tl.constexpr,
-               D: tl.constexpr, GP: tl.constexpr, QH: tl.constexpr, RL: tl.constexpr,
-               NR: tl.constexpr, S: tl.constexpr, QK_NORM: tl.constexpr,
-               ASM: tl.constexpr):  # fmt: skip
-    """Attention of one new token over one split of the positions, for one key-value head.
+def attend_new(qkv_ptr, k_ptr, v_ptr, rope_ptr, qn_ptr, kn_ptr, att_ptr, lse_ptr, pos_ptr, kv_head,
+               part, eps, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, GP: tl.constexpr,
+               QK_NORM: tl.constexpr):  # fmt: skip
+    """What the new token sees of itself, as part `part` of att and lse; and its key and value for
+    the cache."""
+    half: tl.constexpr = D // 2
+    G: tl.constexpr = H // HKV
+    g = tl.arange(0, GP)[:, None]
+    d2 = tl.arange(0, half)[None, :]
+    head = kv_head * G + tl.minimum(g, G - 1)
+    pos = tl.load(pos_ptr)
+    cos = tl.load(rope_ptr + d2)
+    sin = tl.load(rope_ptr + half + d2)
+    q_low = tl.load(qkv_ptr + head * D + d2)
+    q_high = tl.load(qkv_ptr + head * D + half + d2)
+    kp = qkv_ptr + (H + kv_head) * D + d2
+    k_low = tl.load(kp)
+    k_high = tl.load(kp + half)
+    v_low = tl.load(kp + HKV * D).to(tl.float16)
+    v_high = tl.load(kp + HKV * D + half).to(tl.float16)
+    if QK_NORM:
+        q_low, q_high = head_norm(q_low, q_high, tl.load(qn_ptr + d2), tl.load(qn_ptr + half + d2),
+                                  eps, D)  # fmt: skip
+        k_low, k_high = head_norm(k_low, k_high, tl.load(kn_ptr + d2), tl.load(kn_ptr + half + d2),
+                                  eps, D)  # fmt: skip
+    q_low, q_high = rotate(q_low, q_high, cos, sin)
+    k_low, k_high = rotate(k_low, k_high, cos, sin)
+    k_low = k_low.to(tl.float16)
+    k_high = k_high.to(tl.float16)
+    to = pos * D + d2
+    tl.store(k_ptr + to, k_low)
+    tl.store(k_ptr + to + half, k_high)
+    tl.store(v_ptr + to, v_low)
+    tl.store(v_ptr + to + half, v_high)
+    scale = 1.4426950408889634 / tl.sqrt(tl.full([1], D, tl.float32))
+    score = tl.sum(k_low.to(tl.float32) * q_low + k_high.to(tl.float32) * q_high, axis=1) * scale
+    at = part * H + kv_head * G + g
+    ok = (g < G) & (d2 >= 0)
+    whole: tl.constexpr = [GP, half]
+    tl.store(att_ptr + at * D + d2, tl.broadcast_to(v_low, whole), mask=ok)
+    tl.store(att_ptr + at * D + half + d2, tl.broadcast_to(v_high, whole), mask=ok)
+    tl.store(lse_ptr + at * 4 + d2, tl.broadcast_to(score[:, None], whole), mask=ok & (d2 < 4))
 
-    Row i of QH is query head i % GP of the group and part i // GP of the split's positions; each
-    counts as a split of its own in att and lse. rows: `load_rows` of the first positions; gains:
-    those of the query's and the key's norm, two halves each, if QK_NORM. Split 0 also takes in the
-    new position and writes its key and value.
+
+@jit()
+def attend_one(rows, gains, first, qkv_ptr, k_ptr, v_ptr, rope_ptr, att_ptr, lse_ptr, pos_ptr,
+               kv_head, split, limit, eps, base, H: tl.constexpr, HKV: tl.constexpr,
+               D: tl.constexpr, GP: tl.constexpr, QH: tl.constexpr, RL: tl.constexpr,
+               NR: tl.constexpr, S: tl.constexpr, QK_NORM: tl.constexpr, ASM: tl.constexpr,
+               W: tl.constexpr):  # fmt: skip
+    """Attention of one new token over one split of the cached positions, for one key-value head.
+
+    Row i of QH is query head i % GP of the group and part i // GP of the split's positions; the
+    parts of a program become one part of att and lse, but without ASM each counts for itself.
+    rows: `load_rows` of the first positions; gains: the query's norm's, two halves, if QK_NORM;
+    base: shared memory.
     """
     half: tl.constexpr = D // 2
     G: tl.constexpr = H // HKV
@@ -228,11 +276,6 @@ def attend_one(rows, gains, first, qkv_ptr, k_ptr, v_ptr, rope_ptr, att_ptr, lse
     sin = tl.load(rope_ptr + half + d2 + zero)
     q_low = tl.load(qkv_ptr + head * D + d2 + zero)
     q_high = tl.load(qkv_ptr + head * D + half + d2 + zero)
-    kp = qkv_ptr + (H + kv_head) * D + d2 + zero
-    n_low = tl.load(kp)
-    n_high = tl.load(kp + half)
-    v_low = tl.load(kp + HKV * D).to(tl.float16)
-    v_high = tl.load(kp + HKV * D + half).to(tl.float16)
     zero_f = settle(ASM)
     q_low += zero_f
     q_high += zero_f
@@ -247,24 +290,6 @@ def attend_one(rows, gains, first, qkv_ptr, k_ptr, v_ptr, rope_ptr, att_ptr, lse
     weight = tl.zeros([RL, QH], tl.float32)
     o_low = tl.zeros([RL, QH, half], tl.float32)
     o_high = tl.zeros([RL, QH, half], tl.float32)
-    if QK_NORM:
-        n_low, n_high = head_norm(n_low, n_high, gains[2], gains[3], eps, D)
-    n_low, n_high = rotate(n_low, n_high, cos, sin)
-    n_low = n_low.to(tl.float16)
-    n_high = n_high.to(tl.float16)
-    if split == 0:
-        once = (i == 0) & (r == 0) & (d2 >= 0)
-        tl.store(k_ptr + pos * D + d2 + zero, n_low, mask=once)
-        tl.store(k_ptr + pos * D + half + d2 + zero, n_high, mask=once)
-        tl.store(v_ptr + pos * D + d2 + zero, v_low, mask=once)
-        tl.store(v_ptr + pos * D + half + d2 + zero, v_high, mask=once)
-        s = tl.sum(n_low.to(tl.float32) * q_low + n_high.to(tl.float32) * q_high, axis=2)
-        mine = tl.sum(r + i // GP + d2 * 0, axis=2) == 0
-        top = tl.where(mine, s, top)
-        weight = tl.where(mine, 1.0, 0.0)
-        o_low = tl.where(mine[:, :, None], v_low.to(tl.float32), 0.0)
-        o_high = tl.where(mine[:, :, None], v_high.to(tl.float32), 0.0)
-
     top, weight, o_low, o_high = attend_rows(rows, first, r, pos, q_low, q_high, top, weight,
                                              o_low, o_high, RL, NR)  # fmt: skip
     step: tl.constexpr = S * PARTS * NR * RL
@@ -279,20 +304,54 @@ def attend_one(rows, gains, first, qkv_ptr, k_ptr, v_ptr, rope_ptr, att_ptr, lse
     best = tl.max(top, axis=0)
     shrink = tl.exp2(top - best[None, :])
     total = tl.sum(weight * shrink, axis=0)
-    some = total > 0.0
-    inverse = tl.where(some, 1.0 / tl.where(some, total, 1.0), 0.0)
-    lse = tl.where(some, best + tl.log2(tl.where(some, total, 1.0)), -1.0e30)
-    # Results go back to three axes, of which one row is stored: no change of layout.
-    o_low = tl.sum(o_low * shrink[:, :, None], axis=0)[None, :, :] * inverse[None, :][:, :, None]
-    o_high = tl.sum(o_high * shrink[:, :, None], axis=0)[None, :, :] * inverse[None, :][:, :, None]
-    at = (split * PARTS + i // GP) * H + kv_head * G + i % GP
-    once = (i % GP < G) & (r == 0) & (d2 >= 0)
+    o_low = tl.sum(o_low * shrink[:, :, None], axis=0)
+    o_high = tl.sum(o_high * shrink[:, :, None], axis=0)
     whole: tl.constexpr = [RL, QH, half]
-    tl.store(att_ptr + at * D + d2 + zero, tl.broadcast_to(o_low, whole).to(tl.float16), mask=once)
-    tl.store(att_ptr + at * D + half + d2 + zero, tl.broadcast_to(o_high, whole).to(tl.float16),
-             mask=once)  # fmt: skip
-    tl.store(lse_ptr + at * 4 + d2 + zero, tl.broadcast_to(lse[None, :][:, :, None], whole),
-             mask=once & (d2 < 4))  # fmt: skip
+    if ASM and PARTS > 1:
+        ROW: tl.constexpr = D + 8
+        once = (r == 0) & (d2 >= 0) & (i >= 0)
+        mine = i * ROW + d2 + r * 0
+        put_shared(base, mine, tl.broadcast_to(o_low[None, :, :], whole), once)
+        put_shared(base, mine + half, tl.broadcast_to(o_high[None, :, :], whole), once)
+        q = tl.arange(0, QH)
+        put_one(base, q * ROW + D, best)
+        put_one(base, q * ROW + D + 1, total)
+        tl.debug_barrier()
+        # From here on a thread has one channel of one head, and adds up the parts.
+        for k in tl.static_range((GP * D + W * 32 - 1) // (W * 32)):
+            n = tl.arange(0, W * 32) + k * (W * 32)
+            g = n // D
+            here = tl.minimum(g, GP - 1) * ROW
+            best = shared_float(base, here + D)
+            for part in tl.static_range(1, PARTS):
+                best = tl.maximum(best, shared_float(base, here + part * (GP * ROW) + D))
+            out = tl.zeros([W * 32], tl.float32)
+            total = tl.zeros([W * 32], tl.float32)
+            for part in tl.static_range(PARTS):
+                there = here + part * (GP * ROW)
+                factor = tl.exp2(shared_float(base, there + D) - best)
+                total += factor * shared_float(base, there + D + 1)
+                out += factor * shared_float(base, there + n % D)
+            some = total > 0.0
+            safe = tl.where(some, total, 1.0)
+            lse = tl.where(some, best + tl.log2(safe), -1.0e30)
+            to = split * H + kv_head * G + g
+            tl.store(att_ptr + to * D + n % D, (out / safe).to(tl.float16), mask=g < G)
+            tl.store(lse_ptr + to * 4 + n % D, lse, mask=(g < G) & (n % D < 4))
+    else:
+        some = total > 0.0
+        safe = tl.where(some, total, 1.0)
+        inverse = (1.0 / safe)[None, :][:, :, None]
+        lse = tl.where(some, best + tl.log2(safe), -1.0e30)
+        # Results go back to three axes, of which one row is stored: no change of layout.
+        at = (split * PARTS + i // GP) * H + kv_head * G + i % GP
+        once = (i % GP < G) & (r == 0) & (d2 >= 0)
+        low = tl.broadcast_to(o_low[None, :, :] * inverse, whole).to(tl.float16)
+        high = tl.broadcast_to(o_high[None, :, :] * inverse, whole).to(tl.float16)
+        tl.store(att_ptr + at * D + d2 + zero, low, mask=once)
+        tl.store(att_ptr + at * D + half + d2 + zero, high, mask=once)
+        tl.store(lse_ptr + at * 4 + d2 + zero, tl.broadcast_to(lse[None, :][:, :, None], whole),
+                 mask=once & (d2 < 4))  # fmt: skip
 
 
 @jit()
