@@ -17,10 +17,12 @@ from albor_serve.kernels._triton import jit, tl
 
 __all__ = [
     "SUM_BYTES",
+    "X_BYTES",
     "across_warps",
     "add_lanes",
     "add_weighted",
     "column_of",
+    "fetch_x",
     "from_warp_0",
     "load_partials",
     "load_tile",
@@ -34,6 +36,8 @@ __all__ = [
     "share",
     "shared_base",
     "shared_float",
+    "stage_x",
+    "staged_x",
     "sum_columns",
     "sum_partials",
     "sum_rows",
@@ -90,8 +94,10 @@ def _mma_asm(*, one_token: bool) -> str:
 
 SUM_BYTES = 24576
 """Shared memory that `across_warps` has: (bands + 1) · warps · 512 bytes must fit."""
+X_BYTES = 16384
+"""Shared memory for one token's activations, behind that of the sums."""
 
-_BASE = f"{{ .shared .align 16 .b8 sums[{SUM_BYTES}]; mov.b32 $0, sums; }}"
+_BASE = f"{{ .shared .align 16 .b8 sums[{SUM_BYTES + X_BYTES}]; mov.b32 $0, sums; }}"
 
 _SETTLE = "{ .reg .pred p; setp.ne.u32 p, 0, 0; bar.red.popc.u32 $0, 0, p; }"
 
@@ -163,6 +169,7 @@ if hasattr(tl, "dot"):
     SETTLE = tl.constexpr(_SETTLE)
     PREFETCH = tl.constexpr(_PREFETCH)
     SHARE_SOME = tl.constexpr(_SHARE_SOME)
+    X_AT = tl.constexpr(SUM_BYTES)
     SHARE_SOME_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,f,f,f,f,r,r,r,r,r,r,r,r")
     BASE = tl.constexpr(_BASE)
     SHARE = tl.constexpr(_SHARE)
@@ -264,6 +271,39 @@ def load_x(x_ptr, kt, e, KT: tl.constexpr, M: tl.constexpr):
         row = tl.minimum(column_of(e), M - 1) * (KT * 64)
     base = x_ptr + row + kt * 64 + e // 4 % 4 * 4 + e % 4
     return tl.load(base), tl.load(base + 16), tl.load(base + 32), tl.load(base + 48)
+
+
+@jit()
+def fetch_x(x_ptr, e, KT: tl.constexpr, W: tl.constexpr):
+    """One token's activations, each word once: a tuple of int32 [4 T] for `stage_x`."""
+    words = ()
+    for k in tl.static_range((KT * 64 + W * 128 - 1) // (W * 128)):
+        at = e + k * (W * 128)
+        words = words + (tl.load(x_ptr + at, mask=at < KT * 64, other=0),)  # noqa: RUF005
+    return words
+
+
+@jit()
+def stage_x(base, words, e, KT: tl.constexpr, W: tl.constexpr):
+    """Leave `fetch_x`'s words in shared memory; a barrier (`settle`) must follow. Assembly only."""
+    for k in tl.static_range((KT * 64 + W * 128 - 1) // (W * 128)):
+        at = e + k * (W * 128)
+        put_shared(base + X_AT, at, words[k].to(tl.float32, bitcast=True), at < KT * 64)
+
+
+@jit()
+def staged_x(base, kt, e):
+    """What `load_x` gives, from shared memory."""
+    at = base + X_AT + (kt * 64 + e // 4 % 4 * 4) * 4
+    return _four_words(at), _four_words(at + 64), _four_words(at + 128), _four_words(at + 192)
+
+
+@jit()
+def _four_words(address):
+    return tl.inline_asm_elementwise(
+        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r,r,r,r", [address],
+        dtype=tl.int32, is_pure=False, pack=4,
+    )  # fmt: skip
 
 
 @jit()

@@ -236,7 +236,7 @@ class GpuDecoder:
             self.out_tokens, w.cos, w.sin, h[0], x[0], sums[0], inverse[1], self._rope,
             head_programs, c.rms_norm_eps, KT=kt, KB=_power_of_two(d),
             NK=_power_of_two(head_programs), D=c.head_dim, PB=bands, PBP=_power_of_two(bands),
-            FEEDBACK=feedback, **launch(8),
+            C=plan.num_copies, FEEDBACK=feedback, **launch(8),
         )  # fmt: skip
 
         def lines(matrix: Tensor, like: Tensor) -> int:

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 from albor_serve.kernels._triton import jit, tl
 from albor_serve.kernels.core import (
+    X_BYTES,
     across_warps,
+    fetch_x,
     from_warp_0,
     load_tile,
     load_x,
     mma_tile,
     prefetch_lines,
     result_index,
-    settle,
     share,
     shared_base,
+    staged_x,
     sum_columns,
     sum_rows,
     undo_16,
@@ -37,7 +39,8 @@ from albor_serve.kernels.steps import (
     load_inputs,
     load_kv,
     load_rows,
-    product,
+    products,
+    settle_inputs,
     silu,
 )
 
@@ -51,6 +54,10 @@ __all__ = [
     "output_kernel",
     "qkv_kernel",
 ]
+
+
+STAGED_TILES = tl.constexpr(X_BYTES // 256)
+"""Tiles along K for which one token's activations have room in shared memory."""
 
 
 @jit()
@@ -135,24 +142,25 @@ def qkv_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, qkv_ptr, next_ptr,
     _start(PDL)
     band = tl.program_id(0)
     e = tl.arange(0, W * 128)
-    KPW: tl.constexpr = (KT + W - 1) // W
     base = shared_base(ASM)
     tiles = load_bands(w_ptr, band, KT, 1, STREAM, e, W)
     prefetch_lines(next_ptr, NEXT, W * 32, ASM)
     copy = band % C
     _wait(PDL)
-    xs = load_inputs(x_ptr + copy * (8 * KT * 64), e, KT, M, W)
+    STAGED: tl.constexpr = ASM and M == 1 and KT <= STAGED_TILES
+    xs = load_inputs(x_ptr + copy * (8 * KT * 64), e, KT, M, STAGED, W)
     c = tl.arange(0, W * 32)
     row = c // MP % 16
     token = c % MP
     ok = (c < 16 * MP) & (token < M)
     last = tl.load(last_ptr + copy * 8 + token, mask=ok, other=1.0)
-    inverse, zero = inverse_rms(sums_ptr + copy * (8 * PB), e, eps, KT * 128, PB, M, ASM, W)
-    acc = product(tiles, xs, zero, 0, KPW, M > 1, ASM, W)
-    share(base, 0, acc, e, ASM, W)
+    inverse, zero = inverse_rms(sums_ptr + copy * (8 * PB), base, xs, e, eps, KT, PB, M, STAGED,
+                                ASM, W)  # fmt: skip
+    accs = products(tiles, xs, base, zero, e, 1, KT, M > 1, STAGED, ASM, W)
+    share(base, 0, accs[0], e, ASM, W)
     share(base, 1, inverse, e, ASM, W)
     tl.debug_barrier()
-    y = across_warps(base, (acc,), c * 0, result_index(row, token), ASM, W)
+    y = across_warps(base, accs, c * 0, result_index(row, token), ASM, W)
     scale = _scale(base, 1, inverse, last, inverse_ptr, row, token, ok, band == 0, C, ASM, W)
     y = y * tl.where(row < 8, scale, scale * 0.0625)
     tl.store(qkv_ptr + token * N + band * 16 + row, y, mask=ok)
@@ -263,14 +271,14 @@ def output_kernel(w_ptr, att_ptr, lse_ptr, h_ptr, out_ptr, g_ptr, scale_ptr, x_p
     _start(PDL)
     band = tl.program_id(0)
     e = tl.arange(0, W * 128)
-    KPW: tl.constexpr = (KT + W - 1) // W
     base = shared_base(ASM)
     tiles = load_bands(w_ptr, band, KT, 1, STREAM, e, W)
     prefetch_lines(next_ptr, NEXT, W * 32, ASM)
     _wait(PDL)
     residual = _load_residual(h_ptr, g_ptr, scale_ptr + band % C * 8, band, N, M, MP, W)
     xs, zero = load_attention(att_ptr, lse_ptr, e, KT, M, MP, H, D, S, ASM, W)
-    acc = sum_columns(product(tiles, xs, zero, 0, KPW, True, ASM, W), MP, ASM, W)
+    accs = products(tiles, xs, base, zero, e, 1, KT, True, False, ASM, W)
+    acc = sum_columns(accs[0], MP, ASM, W)
     share(base, 0, acc, e, ASM, W)
     tl.debug_barrier()
     _finish(base, acc, residual, out_ptr, x_ptr, sums_ptr, band, N, PB, C, M, MP, ASM, W)
@@ -288,25 +296,24 @@ def gate_up_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, act_ptr, next_
     _start(PDL)
     band = tl.program_id(0) * NB
     e = tl.arange(0, W * 128)
-    KPW: tl.constexpr = (KT + W - 1) // W
     base = shared_base(ASM)
     tiles = load_bands(w_ptr, band, KT, NB, STREAM, e, W)
     prefetch_lines(next_ptr, NEXT, W * 32, ASM)
     copy = tl.program_id(0) % C
     _wait(PDL)
-    xs = load_inputs(x_ptr + copy * (8 * KT * 64), e, KT, M, W)
+    STAGED: tl.constexpr = ASM and M == 1 and KT <= STAGED_TILES
+    xs = load_inputs(x_ptr + copy * (8 * KT * 64), e, KT, M, STAGED, W)
     c = tl.arange(0, W * 32)
     which = tl.minimum(c // (8 * MP), NB - 1)
     row = c // MP % 8
     token = c % MP
     ok = (c < NB * 8 * MP) & (token < M)
     last = tl.load(last_ptr + copy * 8 + token, mask=ok, other=1.0)
-    inverse, zero = inverse_rms(sums_ptr + copy * (8 * PB), e, eps, KT * 128, PB, M, ASM, W)
-    accs = ()
+    inverse, zero = inverse_rms(sums_ptr + copy * (8 * PB), base, xs, e, eps, KT, PB, M, STAGED,
+                                ASM, W)  # fmt: skip
+    accs = products(tiles, xs, base, zero, e, NB, KT, M > 1, STAGED, ASM, W)
     for b in tl.static_range(NB):
-        acc = product(tiles, xs, zero, b, KPW, M > 1, ASM, W)
-        share(base, b, acc, e, ASM, W)
-        accs = accs + (acc,)  # noqa: RUF005
+        share(base, b, accs[b], e, ASM, W)
     share(base, NB, inverse, e, ASM, W)
     tl.debug_barrier()
     gate = across_warps(base, accs, which, result_index(row, token), ASM, W)
@@ -327,18 +334,18 @@ def feed_forward_kernel(w_ptr, act_ptr, h_ptr, out_ptr, g_ptr, scale_ptr, x_ptr,
     _start(PDL)
     band = tl.program_id(0)
     e = tl.arange(0, W * 128)
-    KPW: tl.constexpr = (KT + W - 1) // W
     base = shared_base(ASM)
     tiles = load_bands(w_ptr, band, KT, 1, STREAM, e, W)
     _wait(PDL)
     copy = band % C
     residual = _load_residual(h_ptr, g_ptr, scale_ptr + copy * 8, band, N, M, MP, W)
-    xs = load_inputs(act_ptr + copy * (8 * KT * 64), e, KT, M, W)
-    zero = settle(ASM)
-    acc = product(tiles, xs, zero, 0, KPW, M > 1, ASM, W)
-    share(base, 0, acc, e, ASM, W)
+    STAGED: tl.constexpr = ASM and M == 1 and KT <= STAGED_TILES
+    xs = load_inputs(act_ptr + copy * (8 * KT * 64), e, KT, M, STAGED, W)
+    zero = settle_inputs(base, xs, e, KT, STAGED, ASM, W)
+    accs = products(tiles, xs, base, zero, e, 1, KT, M > 1, STAGED, ASM, W)
+    share(base, 0, accs[0], e, ASM, W)
     tl.debug_barrier()
-    _finish(base, acc, residual, out_ptr, x_ptr, sums_ptr, band, N, PB, C, M, MP, ASM, W)
+    _finish(base, accs[0], residual, out_ptr, x_ptr, sums_ptr, band, N, PB, C, M, MP, ASM, W)
 
 
 @jit()
@@ -364,21 +371,30 @@ def head_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, logits_ptr, keys_ptr, eps, num
     x_ptr += copy * (8 * KT * 64)
     last_ptr += copy * 8
     _wait(PDL)
-    xs = load_x(x_ptr, 0, e, KT, M)
+    STAGED: tl.constexpr = ASM and M == 1 and KT <= STAGED_TILES
+    if STAGED:
+        xs = fetch_x(x_ptr, e, KT, W)
+    else:
+        xs = load_x(x_ptr, 0, e, KT, M)
     token = e // 4 % 4 * 2 + e % 2
     if M == 1:
         last = tl.load(last_ptr)
     else:
         last = tl.load(last_ptr + tl.minimum(token, M - 1))
-    inverse, zero = inverse_rms(sums_ptr + copy * (8 * PB), e, eps, KT * 128, PB, M, ASM, W)
+    inverse, zero = inverse_rms(sums_ptr + copy * (8 * PB), base, xs, e, eps, KT, PB, M, STAGED,
+                                ASM, W)  # fmt: skip
     share(base, 0, inverse, e, ASM, W)
     acc = tl.zeros([W * 128], tl.float32)
     for k in tl.static_range(KT):
         if k + AHEAD < KT:
             tiles = tiles + load_tile(w_ptr, row_of_tiles + k + AHEAD, e, STREAM)
-        if k > 0:
-            xs = load_x(x_ptr, k, e, KT, M)
-        acc = mma_tile(tiles[3 * k], tiles[3 * k + 1], tiles[3 * k + 2], xs, acc, zero, M > 1,
+        if STAGED:
+            x = staged_x(base, k + e * 0, e)
+        elif k > 0:
+            x = load_x(x_ptr, k, e, KT, M)
+        else:
+            x = xs
+        acc = mma_tile(tiles[3 * k], tiles[3 * k + 1], tiles[3 * k + 2], x, acc, zero, M > 1,
                        ASM, W)  # fmt: skip
     tl.debug_barrier()
     new = from_warp_0(base, 0, inverse, result_index(0, token), ASM, W)

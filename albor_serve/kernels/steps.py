@@ -22,6 +22,7 @@ from albor_serve.kernels.core import (
     add_lanes,
     add_weighted,
     column_of,
+    fetch_x,
     load_partials,
     load_tile,
     load_x,
@@ -30,6 +31,8 @@ from albor_serve.kernels.core import (
     put_shared,
     settle,
     shared_float,
+    stage_x,
+    staged_x,
     sum_partials,
 )
 
@@ -54,21 +57,28 @@ def load_bands(w_ptr, band, KT: tl.constexpr, NB: tl.constexpr, STREAM: tl.const
 
 
 @jit()
-def load_inputs(x_ptr, e, KT: tl.constexpr, M: tl.constexpr, W: tl.constexpr):
-    """Each warp's columns of x: a tuple of 4 · KPW int32 [4 T]."""
+def load_inputs(x_ptr, e, KT: tl.constexpr, M: tl.constexpr, STAGED: tl.constexpr,
+                W: tl.constexpr):  # fmt: skip
+    """The activations that a warp's tiles meet, for `products`: int32 [4 T], 4 · KPW of them.
+
+    With STAGED (one token, assembly) they are what `stage_x` takes.
+    """
     xs = ()
-    KPW: tl.constexpr = (KT + W - 1) // W
-    for q in tl.static_range(KPW):
-        kt = tl.minimum(e // 128 + q * W, KT - 1)
-        a, b, c, d = load_x(x_ptr, kt, e, KT, M)
-        xs = xs + (a, b, c, d)  # noqa: RUF005
+    if STAGED:
+        xs = fetch_x(x_ptr, e, KT, W)
+    else:
+        KPW: tl.constexpr = (KT + W - 1) // W
+        for q in tl.static_range(KPW):
+            kt = tl.minimum(e // 128 + q * W, KT - 1)
+            a, b, c, d = load_x(x_ptr, kt, e, KT, M)
+            xs = xs + (a, b, c, d)  # noqa: RUF005
     return xs
 
 
 @jit()
 def product(tiles, xs, zero, BAND: tl.constexpr, KPW: tl.constexpr, MANY: tl.constexpr,
             ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
-    """Accumulators of one band, [4 T]: band BAND of `tiles` times `xs`."""
+    """Accumulators of one band, [4 T]: band BAND of `tiles` times `xs`, 4 · KPW of them."""
     acc = tl.zeros([W * 128], tl.float32)
     for q in tl.static_range(KPW):
         acc = mma_tile(
@@ -86,15 +96,55 @@ def product(tiles, xs, zero, BAND: tl.constexpr, KPW: tl.constexpr, MANY: tl.con
 
 
 @jit()
-def inverse_rms(sums_ptr, e, eps, K: tl.constexpr, PB: tl.constexpr, M: tl.constexpr,
-                ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
+def settle_inputs(base, xs, e, KT: tl.constexpr, STAGED: tl.constexpr, ASM: tl.constexpr,
+                  W: tl.constexpr):  # fmt: skip
+    """`settle`, with what is STAGED in shared memory afterwards."""
+    if STAGED:
+        stage_x(base, xs, e, KT, W)
+    return settle(ASM)
+
+
+@jit()
+def products(tiles, xs, base, zero, e, NB: tl.constexpr, KT: tl.constexpr, MANY: tl.constexpr,
+             STAGED: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
+    """Accumulators of NB bands of `tiles` (`load_bands`) times the inputs: a tuple of [4 T]."""
+    KPW: tl.constexpr = (KT + W - 1) // W
+    accs = ()
+    for _ in tl.static_range(NB):
+        accs = accs + (tl.zeros([W * 128], tl.float32),)  # noqa: RUF005
+    for q in tl.static_range(KPW):
+        if STAGED:
+            x = staged_x(base, tl.minimum(e // 128 + q * W, KT - 1), e)
+        else:
+            x = (xs[4 * q], xs[4 * q + 1], xs[4 * q + 2], xs[4 * q + 3])
+        sums = ()
+        for b in tl.static_range(NB):
+            acc = mma_tile(
+                tiles[3 * (b * KPW + q)],
+                tiles[3 * (b * KPW + q) + 1],
+                tiles[3 * (b * KPW + q) + 2],
+                x,
+                accs[b],
+                zero,
+                MANY,
+                ASM,
+                W,
+            )
+            sums = sums + (acc,)  # noqa: RUF005
+        accs = sums
+    return accs
+
+
+@jit()
+def inverse_rms(sums_ptr, base, xs, e, eps, KT: tl.constexpr, PB: tl.constexpr, M: tl.constexpr,
+                STAGED: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """1 / (root mean square of h) for the token of each result column: [4 T], right in warp 0.
 
-    RMSNorm: Zhang and Sennrich 2019. Also a zero from `settle`, for which the loads before count.
+    RMSNorm: Zhang and Sennrich 2019. Also `settle_inputs`, for which the loads before count.
     """
     x = load_partials(sums_ptr, e, PB, M, W)
-    zero = settle(ASM)
-    return tl.rsqrt(sum_partials(x, M, ASM, W) / K + eps), zero
+    zero = settle_inputs(base, xs, e, KT, STAGED, ASM, W)
+    return tl.rsqrt(sum_partials(x, M, ASM, W) / (KT * 128) + eps), zero
 
 
 @jit()
