@@ -24,9 +24,16 @@ from albor_serve.backends.checks import (
     check_slot,
     check_steps,
 )
+from albor_serve.backends.device_errors import device_error
 from albor_serve.backends.device_run import DeviceRun
 from albor_serve.config import DevicePlan, ModelConfig
-from albor_serve.errors import AlborError, BackendError, UnsupportedModelError
+from albor_serve.errors import (
+    AlborError,
+    BackendError,
+    DeviceError,
+    DeviceLostError,
+    DeviceMemoryError,
+)
 from albor_serve.kernels._triton import HAVE_TRITON, INTERPRET
 from albor_serve.kernels.decoder import DecodePlan, GpuDecoder, plan_for
 from albor_serve.kernels.sampling import DeviceSampler
@@ -62,10 +69,13 @@ def unsupported(checkpoint: GgufCheckpoint) -> str | None:
         return "Triton is not installed (pip install 'albor[gpu]')"
     if not torch.cuda.is_available():
         return "torch sees no CUDA GPU"
-    if torch.cuda.get_device_capability() < CAPABILITY:
-        return f"{torch.cuda.get_device_name()} is older than compute capability 8.0"
-    config = checkpoint.config
     try:
+        if torch.cuda.get_device_capability() < CAPABILITY:
+            return f"{torch.cuda.get_device_name()} is older than compute capability 8.0"
+    except RuntimeError as error:
+        return f"CUDA does not start ({' '.join(str(error).split())[:100]})"
+    try:
+        config = checkpoint.config
         check_shape(config)
         for layer in range(config.num_layers):
             for part in _MATRICES:
@@ -74,8 +84,6 @@ def unsupported(checkpoint: GgufCheckpoint) -> str | None:
                     return f"its matrices are {stored}, not Q4_0"
         if checkpoint.tensor_format("model.embed_tokens.weight") != "Q4_0":
             return "its embedding is not Q4_0"
-    except UnsupportedModelError as error:
-        return str(error)
     except AlborError as error:
         return str(error)
     return None
@@ -124,7 +132,8 @@ class CudaBackend:
             on_close: called once when the backend is closed, to free what belongs to it.
 
         Raises:
-            BackendError: no GPU, not enough of its memory, or a kernel does not compile.
+            BackendError: no GPU, or not enough of its memory. DeviceError: it fails, or does not
+            take a kernel.
             ConfigError: a number out of range. UnsupportedModelError: a shape that the kernels do
             not cover.
         """
@@ -134,14 +143,15 @@ class CudaBackend:
         if self._device.type == "cuda" and not has_gpu():
             raise BackendError("there is no CUDA GPU here, or no Triton: use --backend cpu")
         self._on_close = on_close
+        self._is_closed = False
         self._abort = threading.Event()
-        self._failure: str | None = None
+        self._failure: DeviceLostError | None = None
         kv_bytes = 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim
-        free = torch.cuda.mem_get_info()[0] if self._device.type == "cuda" else None
         # Padded rows may write a few positions beyond the last token.
         room = max_seq_len + ROWS[-1]
-        check_cache_memory(kv_bytes, num_slots, room, free)
         with self._guard():
+            free = torch.cuda.mem_get_info()[0] if self._device.type == "cuda" else None
+            check_cache_memory(kv_bytes, num_slots, room, free)
             vectors = {name: read(name) for name in _norms(config)}
             weights = pack_weights(config, q4_rows, vectors, device=self._device, max_seq_len=room)
             self._model: Decoder | None = load_decoder(
@@ -281,13 +291,19 @@ class CudaBackend:
         return self._slots[slot].length
 
     def close(self) -> None:
-        """Free the GPU's memory. Any later call raises BackendError."""
-        if self._model is None:
+        """Free the GPU's memory. Any later call raises BackendError.
+
+        Of a GPU that is lost nothing is freed: torch would end the process over it.
+        """
+        if self._is_closed:
             return
-        self._model = None
-        self._slots = []
-        if self._device.type == "cuda" and self._failure is None:
-            torch.cuda.empty_cache()
+        self._is_closed = True
+        if self._failure is None:
+            self._model = None
+            self._slots = []
+            self._host = torch.empty(0)
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
         if self._on_close is not None:
             self._on_close()
 
@@ -356,41 +372,50 @@ class CudaBackend:
 
     def _open(self) -> Decoder:
         if self._failure is not None:
-            raise BackendError(self._failure)
-        if self._model is None:
+            raise self._failure
+        if self._is_closed or self._model is None:
             raise BackendError("the backend is closed: load the model again")
         return self._model
 
     def _guard(self) -> _Guard:
-        return _Guard(self)
+        return _Guard(self._failed, self._probe)
 
-    def failed(self, reason: str) -> None:
-        """Remember that the GPU can no longer be used by this process."""
-        self._failure = reason
+    def _failed(self, error: DeviceError) -> None:
+        """Remember what can't be mended; make room where that is what lacked."""
+        if isinstance(error, DeviceLostError):
+            self._failure = error
+        elif isinstance(error, DeviceMemoryError) and self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _probe(self) -> None:
+        """Raise if the device has failed."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
 
 
 class _Guard:
-    """Turns what torch and CUDA raise into BackendError."""
+    """Turns what torch, Triton and CUDA raise into BackendError."""
 
-    def __init__(self, backend: CudaBackend) -> None:
-        self._backend = backend
+    def __init__(self, on_error: Callable[[DeviceError], None], probe: Callable[[], None]) -> None:
+        self._on_error = on_error
+        self._probe = probe
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or isinstance(error, (Aborted, AlborError)):
+        if error is None or isinstance(error, Aborted):
             return
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            raise BackendError(
-                "the GPU is out of memory: lower --slots or --ctx, or close what else uses it"
-            ) from error
+        typed = error if isinstance(error, AlborError) else device_error(error, self._probe)
+        if isinstance(typed, DeviceError):
+            self._on_error(typed)
+        if typed is error:
+            return
+        if typed is not None:
+            raise typed from error
         if isinstance(error, RuntimeError):
             reason = " ".join(str(error).split())[:200]
-            message = f"the GPU failed: {reason}; start the server again or use --backend cpu"
-            if "CUDA" in reason or "device" in reason:
-                self._backend.failed(message)
-            raise BackendError(message) from error
+            raise BackendError(f"the GPU backend failed: {reason}") from error
 
 
 class _Slot:

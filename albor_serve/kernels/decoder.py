@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from albor_serve.errors import BackendError, ConfigError
+from albor_serve.errors import ConfigError
 from albor_serve.kernels import phases
 from albor_serve.kernels._triton import INTERPRET, require_triton
 from albor_serve.kernels.layout import TILE_COLS, TILE_ROWS
@@ -178,18 +178,15 @@ class GpuDecoder:
         (for one token, without `feedback`) then chooses the next token and writes it to `tokens`.
 
         Raises:
-            BackendError: a kernel could not be compiled or launched.
+            What Triton raises where a kernel can't be compiled or launched
+            (backends/device_errors.py names it).
         """
-        try:
-            self._step(plan, feedback=feedback, store_logits=store_logits or sampler is not None)
-            if sampler is not None:
-                sampler.choose(
-                    self.logits, self.best, self.tokens, self.position,
-                    self._head_programs(plan), pdl=plan.pdl,
-                )  # fmt: skip
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise BackendError(f"a GPU kernel failed: {reason}") from error
+        self._step(plan, feedback=feedback, store_logits=store_logits or sampler is not None)
+        if sampler is not None:
+            sampler.choose(
+                self.logits, self.best, self.tokens, self.position,
+                self._head_programs(plan), pdl=plan.pdl,
+            )  # fmt: skip
 
     def _step(self, plan: DecodePlan, *, feedback: bool, store_logits: bool) -> None:
         w, c = self.weights, self.weights.config
