@@ -6,6 +6,7 @@ errors, the engine and the server, is the real thing.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -33,6 +34,7 @@ class Faults:
     """"lost", "launch" or "memory"."""
     after: int = 0
     """Calls (tokens, for "decode") that work before."""
+    s_per_token: float = 0.0
     is_lost: bool = False
     num_raised: int = 0
     backends: list[FakeGpu] = field(default_factory=list)
@@ -93,6 +95,7 @@ class FakeGpu(cuda.CudaBackend):
         with self._guard():
             while len(new) < plan.max_new_tokens:
                 self.faults.probe()
+                time.sleep(self.faults.s_per_token)
                 rows = self.inner.extend([ExtendStep(slot, [token])])[0]
                 self.faults.pass_through("decode")
                 token = int(rows[0].argmax())

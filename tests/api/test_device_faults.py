@@ -149,6 +149,7 @@ def test_a_stream_that_has_begun_ends_with_the_reason_or_goes_on(
     live = serve(fallback)
     want = text(ask(live))
     faults.arm("decode", "lost", after=5)
+    faults.s_per_token = 0.02  # the first tokens are on their way when it happens
     shown, codes = "", []
     request = body(stream=True)
     with httpx.stream("POST", live.url + URL, json=request, timeout=30) as answer:
