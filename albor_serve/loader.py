@@ -278,7 +278,9 @@ def load_model(
         choice=options.backend,
         fallback=options.fallback,
         num_threads=options.num_threads,
-        progress=lambda part: report("loading", part),
+        progress=lambda part: report(
+            "compiling GPU kernels" if options.backend == "cuda" else "loading", part
+        ),
         adapters=options.adapters,
     )
     try:

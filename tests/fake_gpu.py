@@ -66,6 +66,7 @@ class FakeGpu(cuda.CudaBackend):
     def __init__(self, inner: Backend, faults: Faults, on_close: Callable[[], None] | None) -> None:
         self._device = torch.device("cpu")
         self._failure = None
+        self._build = None
         self._is_closed = False
         self._on_close = on_close
         self._model = object()  # type: ignore[assignment]

@@ -8,7 +8,7 @@ float16, where the matrix products of cuBLAS are at their best. Both write the s
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -35,7 +35,9 @@ from albor_serve.errors import (
     DeviceMemoryError,
 )
 from albor_serve.kernels._triton import HAVE_TRITON, INTERPRET
+from albor_serve.kernels.build import KernelBuild, jobs_of
 from albor_serve.kernels.decoder import DecodePlan, GpuDecoder, plan_for
+from albor_serve.kernels.launch import Launch
 from albor_serve.kernels.sampling import DeviceSampler
 from albor_serve.kernels.weights import DecodeWeights, check_shape, pack_weights
 from albor_serve.model import Decoder, KVCache, load_decoder
@@ -51,6 +53,19 @@ ROWS: Final = (1, 2, 4, 8)
 MOST_BY_KERNELS: Final = 256
 """Up to so many tokens go through the kernels, eight at a time: on an H100 eight take 0.11 ms (33M)
 to 0.40 ms (350M), while a prompt through torch costs 7 ms for the launches of 8 layers alone."""
+Plan = tuple[int, bool]
+"""Rows, and whether the context is long."""
+URGENT: Final[tuple[Plan, ...]] = ((1, False), (8, False))
+"""Plans that are compiled before the first request; these do for all others' work."""
+LATER: Final[tuple[Plan, ...]] = (
+    (1, True),
+    (4, False),
+    (2, False),
+    (8, True),
+    (4, True),
+    (2, True),
+)
+"""Plans that are compiled while requests are answered already, in this order."""
 LONG_CONTEXT: Final = 1024
 """From here on a key-value head's positions are shared by more programs."""
 CAPABILITY: Final = (8, 0)
@@ -127,7 +142,7 @@ class CudaBackend:
             read: gives any tensor as float32.
             num_slots: sequences that are held at once, 1 to 64.
             max_seq_len: tokens that each slot can hold.
-            progress: called with 0.0 to 1.0 while kernels are made ready.
+            progress: called with 0.0 to 1.0 while kernels are compiled.
             device: "cuda", or "cpu" in Triton's interpreter.
             on_close: called once when the backend is closed, to free what belongs to it.
 
@@ -146,6 +161,7 @@ class CudaBackend:
         self._is_closed = False
         self._abort = threading.Event()
         self._failure: DeviceLostError | None = None
+        self._build: KernelBuild | None = None
         kv_bytes = 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim
         # Padded rows may write a few positions beyond the last token.
         room = max_seq_len + ROWS[-1]
@@ -164,7 +180,11 @@ class CudaBackend:
             self._host = _pinned(
                 (ROWS[-1], config.vocab_size), torch.float32, self._device.type == "cuda"
             )
-            self._warm_up(progress)
+            try:
+                self._warm_up(progress)
+            except BaseException:
+                self._stop_build()
+                raise
         name = torch.cuda.get_device_name() if self._device.type == "cuda" else "interpreter"
         self._info = BackendInfo(
             name="cuda",
@@ -247,7 +267,7 @@ class CudaBackend:
         with self._guard():
             run = DeviceRun(
                 held.sampler,
-                held.sampled_step(self._plans[1, held.length > LONG_CONTEXT]),
+                held.sampled_step(self._plan(1, held.length)),
                 self._abort.is_set,
                 fault=_device_fault if self._device.type == "cuda" else lambda: None,
             )
@@ -298,6 +318,7 @@ class CudaBackend:
         if self._is_closed:
             return
         self._is_closed = True
+        self._stop_build()
         if self._failure is None:
             self._model = None
             self._slots = []
@@ -335,9 +356,8 @@ class CudaBackend:
             if at:
                 self._stop_if_aborted()
             part = list(step.tokens[at : at + ROWS[-1]])
-            rows = next(size for size in ROWS if size >= len(part))
-            plan = self._plans[rows, slot.length + at > LONG_CONTEXT]
-            padded = [*part, *[part[-1]] * (rows - len(part))]
+            plan = self._plan(len(part), slot.length + at)
+            padded = [*part, *[part[-1]] * (plan.num_tokens - len(part))]
             slot.set_input(padded, slot.length + at, at)
             slot.run(plan)
             skip = max(0, first_row - at)
@@ -352,19 +372,44 @@ class CudaBackend:
         return result
 
     def _warm_up(self, progress: Callable[[float], None] | None) -> None:
-        """Compile every kernel and record the first slot's graphs before the first request."""
+        """Compile the urgent kernels and record the first slot's graphs of them.
+
+        The other kernels are compiled while requests are answered.
+        """
         if INTERPRET:
             return  # There is nothing to compile, and a step takes many seconds.
+        from triton.runtime import driver
+
         slot = self._slots[0]
-        for done, plan in enumerate(self._plans.values(), 1):
+        target = driver.active.get_current_target()
+        groups = [URGENT, *((plan,) for plan in LATER)]
+        self._build = KernelBuild(
+            [jobs_of(slot.launches(*(self._plans[plan] for plan in group))) for group in groups],
+            (target.backend, target.arch, target.warp_size),
+        )
+        self._build.wait(0, progress)
+        for plan in (self._plans[key] for key in URGENT):
             slot.set_input([0] * plan.num_tokens, 0)
             slot.run(plan)
             if plan.num_tokens == 1:
                 slot.sampled_step(plan)
-            if progress is not None:
-                progress(done / len(self._plans))
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
+        self._probe()
+
+    def _stop_build(self) -> None:
+        if self._build is not None:
+            self._build.close()
+
+    def _plan(self, num_tokens: int, length: int) -> DecodePlan:
+        """The plan for so many tokens, at most 8, after `length` others.
+
+        Another one does the same work a little slower while the right one's kernels are compiled.
+        """
+        rows = next(size for size in ROWS if size >= num_tokens)
+        wanted = (rows, length > LONG_CONTEXT)
+        build = None if wanted in URGENT else self._build
+        if build is not None and not build.is_done(1 + LATER.index(wanted)):
+            wanted = (1 if rows == 1 else ROWS[-1], False)
+        return self._plans[wanted]
 
     def _stop_if_aborted(self) -> None:
         if self._abort.is_set():
@@ -465,6 +510,13 @@ class _Slot:
             graph = self.decoder.capture(plan, feedback=False, store_logits=True)
             self._graphs[plan] = graph
         graph.replay()
+
+    def launches(self, *plans: DecodePlan) -> Iterator[Launch]:
+        """What `run` and `sampled_step` launch, for compiling it beforehand."""
+        for plan in plans:
+            yield from self.decoder.launches(
+                plan, sampler=self.sampler if plan.num_tokens == 1 else None
+            )
 
     def sampled_step(self, plan: DecodePlan) -> Callable[[], None]:
         """Queues one step of one token that the sampler ends and feeds back."""

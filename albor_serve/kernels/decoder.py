@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from albor_serve.errors import ConfigError
 from albor_serve.kernels import phases
 from albor_serve.kernels._triton import INTERPRET, require_triton
+from albor_serve.kernels.launch import Launch
 from albor_serve.kernels.layout import TILE_COLS, TILE_ROWS
 from albor_serve.kernels.sampling import DeviceSampler
 from albor_serve.kernels.weights import DecodeWeights
@@ -101,6 +102,10 @@ def plan_for(
     )
 
 
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> Launch:
+    return Launch(kernel, grid, arguments, options)
+
+
 def record(
     step: Callable[[], None], position: Tensor, steps: Callable[[], None] | None = None
 ) -> Any:
@@ -181,14 +186,32 @@ class GpuDecoder:
             What Triton raises where a kernel can't be compiled or launched
             (backends/device_errors.py names it).
         """
-        self._step(plan, feedback=feedback, store_logits=store_logits or sampler is not None)
+        launches = self.launches(
+            plan, feedback=feedback, store_logits=store_logits, sampler=sampler
+        )
+        for launch in launches:
+            launch.run()
+
+    def launches(
+        self,
+        plan: DecodePlan,
+        *,
+        feedback: bool = False,
+        store_logits: bool = True,
+        sampler: DeviceSampler | None = None,
+    ) -> Iterator[Launch]:
+        """The launches of one `step`, in order."""
+        store_logits = store_logits or sampler is not None
+        yield from self._launches(plan, feedback=feedback, store_logits=store_logits)
         if sampler is not None:
-            sampler.choose(
-                self.logits, self.best, self.tokens, self.position,
-                self._head_programs(plan), pdl=plan.pdl,
+            yield sampler.launch(
+                self.logits, self.best, self.tokens, self.position, self._head_programs(plan),
+                pdl=plan.pdl,
             )  # fmt: skip
 
-    def _step(self, plan: DecodePlan, *, feedback: bool, store_logits: bool) -> None:
+    def _launches(
+        self, plan: DecodePlan, *, feedback: bool, store_logits: bool
+    ) -> Iterator[Launch]:
         w, c = self.weights, self.weights.config
         tokens = plan.num_tokens
         padded = _power_of_two(tokens)
@@ -218,7 +241,8 @@ class GpuDecoder:
             }
 
         # Residual stream and its norm's pieces: [0] enters attention, [1] the feed-forward part.
-        phases.embed_kernel[(1 if feedback else tokens,)](
+        yield _launch(
+            phases.embed_kernel, (1 if feedback else tokens,),
             w.embedding, w.attention_gain[0], self.best, self.tokens, self.position,
             self.out_tokens, w.cos, w.sin, h[0], x[0], sums[0], inverse[1], self._rope,
             head_programs, c.rms_norm_eps, KT=kt, KB=_power_of_two(d),
@@ -226,28 +250,34 @@ class GpuDecoder:
             FEEDBACK=feedback, **launch(8),
         )  # fmt: skip
         for i in range(c.num_layers):
-            phases.qkv_kernel[(qkv_rows // TILE_ROWS,)](
+            yield _launch(
+                phases.qkv_kernel, (qkv_rows // TILE_ROWS,),
                 w.qkv[i], words[0], sums[0], inverse[1], inverse[0], self._qkv, c.rms_norm_eps,
                 N=qkv_rows, KT=kt, MP=padded, **gemv(plan.warps_qkv),
             )  # fmt: skip
-            num_splits = self._attend(i, plan, launch(plan.warps_attention))
-            phases.output_kernel[(bands,)](
+            attention, num_splits = self._attention_launch(i, plan, launch(plan.warps_attention))
+            yield attention
+            yield _launch(
+                phases.output_kernel, (bands,),
                 w.output[i], self._attention.view(torch.int32), self._lse, h[0], h[1],
                 w.feed_forward_gain[i], inverse[0], x[1], sums[1], N=d, KT=kt_o, MP=padded,
                 H=c.num_heads, D=c.head_dim, S=num_splits, **gemv(plan.warps_output),
             )  # fmt: skip
             gate_bands = plan.bands_gate_up
-            phases.gate_up_kernel[(ff // 8 // gate_bands,)](
+            yield _launch(
+                phases.gate_up_kernel, (ff // 8 // gate_bands,),
                 w.gate_up[i], words[1], sums[1], inverse[0], inverse[1], self._act,
                 c.rms_norm_eps, F=ff, KT=kt, NB=gate_bands, MP=padded, **gemv(plan.warps_gate_up),
             )  # fmt: skip
             last = i + 1 == c.num_layers
-            phases.feed_forward_kernel[(bands,)](
+            yield _launch(
+                phases.feed_forward_kernel, (bands,),
                 w.down[i], self._act.view(torch.int32), h[1], h[0],
                 w.final_gain if last else w.attention_gain[i + 1], inverse[1], x[0], sums[0], N=d,
                 KT=kt_ff, MP=padded, **gemv(plan.warps_down),
             )  # fmt: skip
-        phases.head_kernel[(head_programs,)](
+        yield _launch(
+            phases.head_kernel, (head_programs,),
             w.head, words[0], sums[0], inverse[1], self.logits, self.best,
             c.rms_norm_eps, head_bands, V=c.vocab_size, KT=kt, STORE=store_logits,
             **gemv(plan.warps_head),
@@ -256,8 +286,10 @@ class GpuDecoder:
     def _head_programs(self, plan: DecodePlan) -> int:
         return -(-self.weights.config.vocab_size // (TILE_ROWS * plan.warps_head))
 
-    def _attend(self, layer: int, plan: DecodePlan, launch: dict[str, Any]) -> int:
-        """Launch one layer's attention; returns the number of partial outputs it leaves."""
+    def _attention_launch(
+        self, layer: int, plan: DecodePlan, launch: dict[str, Any]
+    ) -> tuple[Launch, int]:
+        """(one layer's attention, the number of partial outputs it leaves)."""
         w, c = self.weights, self.weights.config
         group = _power_of_two(c.num_heads // c.num_kv_heads)
         query_rows = max(group, plan.warps_attention)
@@ -282,20 +314,16 @@ class GpuDecoder:
         grid = (c.num_kv_heads, plan.num_splits)
         if plan.num_tokens > 1:
             rows = max(16, _power_of_two(plan.num_tokens) * group)
-            phases.attention_kernel[grid](
-                *buffers, M=plan.num_tokens, RP=rows, P=plan.positions, **shape, **launch
-            )
-            return num_parts
-        phases.attention_one_kernel[grid](
-            *buffers,
-            QH=query_rows,
-            RL=512 // c.head_dim,
-            NR=plan.rows_per_lane,
-            ASM=plan.asm,
-            **shape,
-            **launch,
-        )
-        return num_parts
+            several = _launch(
+                phases.attention_kernel, grid, *buffers, M=plan.num_tokens, RP=rows,
+                P=plan.positions, **shape, **launch,
+            )  # fmt: skip
+            return several, num_parts
+        one = _launch(
+            phases.attention_one_kernel, grid, *buffers, QH=query_rows, RL=512 // c.head_dim,
+            NR=plan.rows_per_lane, ASM=plan.asm, **shape, **launch,
+        )  # fmt: skip
+        return one, num_parts
 
     def capture(
         self,

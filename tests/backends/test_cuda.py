@@ -189,6 +189,7 @@ def test_cuda_failures_become_one_typed_error_and_end_the_backend() -> None:
     backend = object.__new__(cuda.CudaBackend)
     backend._failure = None
     backend._is_closed = False
+    backend._build = None
     backend._model = object()
     backend._device = torch.device("cpu")
     with pytest.raises(DeviceMemoryError, match="out of memory: lower"), backend._guard():
@@ -207,6 +208,7 @@ def test_of_a_lost_gpu_nothing_is_freed_and_the_rest_is_closed_once() -> None:
     closed: list[int] = []
     backend = object.__new__(cuda.CudaBackend)
     backend._is_closed = False
+    backend._build = None
     backend._model = model = object()
     backend._slots = slots = [object()]
     backend._failure = DeviceLostError("gone")
@@ -215,3 +217,37 @@ def test_of_a_lost_gpu_nothing_is_freed_and_the_rest_is_closed_once() -> None:
     backend.close()
     assert closed == [1]
     assert (backend._model, backend._slots) == (model, slots)
+
+
+class _Build:
+    """A build of which the first groups are done."""
+
+    def __init__(self, num_done: int) -> None:
+        self.num_done = num_done
+
+    def is_done(self, group: int) -> bool:
+        return group < self.num_done
+
+
+def test_until_a_plan_is_compiled_another_does_its_work(
+    small: tuple[ModelConfig, RandomModel],
+) -> None:
+    _, model = small
+    weights = model.pack("cpu", 64)
+    backend = object.__new__(cuda.CudaBackend)
+    backend._plans = cuda._plans(weights, torch.device("cpu"))
+    wanted = [(n, length) for n in range(1, 9) for length in (0, cuda.LONG_CONTEXT + 1)]
+
+    def rows(num_done: int) -> list[int]:
+        backend._build = _Build(num_done)  # type: ignore[assignment]
+        plans = [backend._plan(*one) for one in wanted]
+        assert all(plan.num_tokens >= n for plan, (n, _) in zip(plans, wanted, strict=True))
+        return [plan.num_tokens for plan in plans]
+
+    assert rows(1) == [1, 1] + [8] * 14
+    assert rows(3) == [1, 1, 8, 8] + [4, 8] * 2 + [8] * 8  # one token in a long context; four
+    all_of_them = [1, 1, 2, 2] + [4] * 4 + [8] * 8
+    assert rows(1 + len(cuda.LATER)) == all_of_them
+    assert set(cuda.URGENT) | set(cuda.LATER) == set(backend._plans)
+    backend._build = None
+    assert [backend._plan(*one).num_tokens for one in wanted] == all_of_them
