@@ -8,7 +8,7 @@ float16, where the matrix products of cuBLAS are at their best. Both write the s
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -24,11 +24,20 @@ from albor_serve.backends.checks import (
     check_slot,
     check_steps,
 )
+from albor_serve.backends.device_errors import device_error
 from albor_serve.backends.device_run import DeviceRun
 from albor_serve.config import DevicePlan, ModelConfig
-from albor_serve.errors import AlborError, BackendError, UnsupportedModelError
+from albor_serve.errors import (
+    AlborError,
+    BackendError,
+    DeviceError,
+    DeviceLostError,
+    DeviceMemoryError,
+)
 from albor_serve.kernels._triton import HAVE_TRITON, INTERPRET
+from albor_serve.kernels.build import KernelBuild, jobs_of
 from albor_serve.kernels.decoder import DecodePlan, GpuDecoder, plan_for
+from albor_serve.kernels.launch import Launch
 from albor_serve.kernels.sampling import DeviceSampler
 from albor_serve.kernels.weights import DecodeWeights, check_shape, pack_weights
 from albor_serve.model import Decoder, KVCache, load_decoder
@@ -44,6 +53,19 @@ ROWS: Final = (1, 2, 4, 8)
 MOST_BY_KERNELS: Final = 256
 """Up to so many tokens go through the kernels, eight at a time: on an H100 eight take 0.11 ms (33M)
 to 0.40 ms (350M), while a prompt through torch costs 7 ms for the launches of 8 layers alone."""
+Plan = tuple[int, bool]
+"""Rows, and whether the context is long."""
+URGENT: Final[tuple[Plan, ...]] = ((1, False), (8, False))
+"""Plans that are compiled before the first request; these do for all others' work."""
+LATER: Final[tuple[Plan, ...]] = (
+    (1, True),
+    (4, False),
+    (2, False),
+    (8, True),
+    (4, True),
+    (2, True),
+)
+"""Plans that are compiled while requests are answered already, in this order."""
 LONG_CONTEXT: Final = 1024
 """From here on a key-value head's positions are shared by more programs."""
 CAPABILITY: Final = (8, 0)
@@ -62,10 +84,13 @@ def unsupported(checkpoint: GgufCheckpoint) -> str | None:
         return "Triton is not installed (pip install 'albor[gpu]')"
     if not torch.cuda.is_available():
         return "torch sees no CUDA GPU"
-    if torch.cuda.get_device_capability() < CAPABILITY:
-        return f"{torch.cuda.get_device_name()} is older than compute capability 8.0"
-    config = checkpoint.config
     try:
+        if torch.cuda.get_device_capability() < CAPABILITY:
+            return f"{torch.cuda.get_device_name()} is older than compute capability 8.0"
+    except RuntimeError as error:
+        return f"CUDA does not start ({' '.join(str(error).split())[:100]})"
+    try:
+        config = checkpoint.config
         check_shape(config)
         for layer in range(config.num_layers):
             for part in _MATRICES:
@@ -74,8 +99,6 @@ def unsupported(checkpoint: GgufCheckpoint) -> str | None:
                     return f"its matrices are {stored}, not Q4_0"
         if checkpoint.tensor_format("model.embed_tokens.weight") != "Q4_0":
             return "its embedding is not Q4_0"
-    except UnsupportedModelError as error:
-        return str(error)
     except AlborError as error:
         return str(error)
     return None
@@ -119,12 +142,13 @@ class CudaBackend:
             read: gives any tensor as float32.
             num_slots: sequences that are held at once, 1 to 64.
             max_seq_len: tokens that each slot can hold.
-            progress: called with 0.0 to 1.0 while kernels are made ready.
+            progress: called with 0.0 to 1.0 while kernels are compiled.
             device: "cuda", or "cpu" in Triton's interpreter.
             on_close: called once when the backend is closed, to free what belongs to it.
 
         Raises:
-            BackendError: no GPU, not enough of its memory, or a kernel does not compile.
+            BackendError: no GPU, or not enough of its memory. DeviceError: it fails, or does not
+            take a kernel.
             ConfigError: a number out of range. UnsupportedModelError: a shape that the kernels do
             not cover.
         """
@@ -134,14 +158,16 @@ class CudaBackend:
         if self._device.type == "cuda" and not has_gpu():
             raise BackendError("there is no CUDA GPU here, or no Triton: use --backend cpu")
         self._on_close = on_close
+        self._is_closed = False
         self._abort = threading.Event()
-        self._failure: str | None = None
+        self._failure: DeviceLostError | None = None
+        self._build: KernelBuild | None = None
         kv_bytes = 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim
-        free = torch.cuda.mem_get_info()[0] if self._device.type == "cuda" else None
         # Padded rows may write a few positions beyond the last token.
         room = max_seq_len + ROWS[-1]
-        check_cache_memory(kv_bytes, num_slots, room, free)
         with self._guard():
+            free = torch.cuda.mem_get_info()[0] if self._device.type == "cuda" else None
+            check_cache_memory(kv_bytes, num_slots, room, free)
             vectors = {name: read(name) for name in _norms(config)}
             weights = pack_weights(config, q4_rows, vectors, device=self._device, max_seq_len=room)
             self._model: Decoder | None = load_decoder(
@@ -154,7 +180,11 @@ class CudaBackend:
             self._host = _pinned(
                 (ROWS[-1], config.vocab_size), torch.float32, self._device.type == "cuda"
             )
-            self._warm_up(progress)
+            try:
+                self._warm_up(progress)
+            except BaseException:
+                self._stop_build()
+                raise
         name = torch.cuda.get_device_name() if self._device.type == "cuda" else "interpreter"
         self._info = BackendInfo(
             name="cuda",
@@ -237,7 +267,7 @@ class CudaBackend:
         with self._guard():
             run = DeviceRun(
                 held.sampler,
-                held.sampled_step(self._plans[1, held.length > LONG_CONTEXT]),
+                held.sampled_step(self._plan(1, held.length)),
                 self._abort.is_set,
                 fault=_device_fault if self._device.type == "cuda" else lambda: None,
             )
@@ -281,13 +311,20 @@ class CudaBackend:
         return self._slots[slot].length
 
     def close(self) -> None:
-        """Free the GPU's memory. Any later call raises BackendError."""
-        if self._model is None:
+        """Free the GPU's memory. Any later call raises BackendError.
+
+        Of a GPU that is lost nothing is freed: torch would end the process over it.
+        """
+        if self._is_closed:
             return
-        self._model = None
-        self._slots = []
-        if self._device.type == "cuda" and self._failure is None:
-            torch.cuda.empty_cache()
+        self._is_closed = True
+        self._stop_build()
+        if self._failure is None:
+            self._model = None
+            self._slots = []
+            self._host = torch.empty(0)
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
         if self._on_close is not None:
             self._on_close()
 
@@ -319,9 +356,8 @@ class CudaBackend:
             if at:
                 self._stop_if_aborted()
             part = list(step.tokens[at : at + ROWS[-1]])
-            rows = next(size for size in ROWS if size >= len(part))
-            plan = self._plans[rows, slot.length + at > LONG_CONTEXT]
-            padded = [*part, *[part[-1]] * (rows - len(part))]
+            plan = self._plan(len(part), slot.length + at)
+            padded = [*part, *[part[-1]] * (plan.num_tokens - len(part))]
             slot.set_input(padded, slot.length + at, at)
             slot.run(plan)
             skip = max(0, first_row - at)
@@ -336,19 +372,44 @@ class CudaBackend:
         return result
 
     def _warm_up(self, progress: Callable[[float], None] | None) -> None:
-        """Compile every kernel and record the first slot's graphs before the first request."""
+        """Compile the urgent kernels and record the first slot's graphs of them.
+
+        The other kernels are compiled while requests are answered.
+        """
         if INTERPRET:
             return  # There is nothing to compile, and a step takes many seconds.
+        from triton.runtime import driver
+
         slot = self._slots[0]
-        for done, plan in enumerate(self._plans.values(), 1):
+        target = driver.active.get_current_target()
+        groups = [URGENT, *((plan,) for plan in LATER)]
+        self._build = KernelBuild(
+            [jobs_of(slot.launches(*(self._plans[plan] for plan in group))) for group in groups],
+            (target.backend, target.arch, target.warp_size),
+        )
+        self._build.wait(0, progress)
+        for plan in (self._plans[key] for key in URGENT):
             slot.set_input([0] * plan.num_tokens, 0)
             slot.run(plan)
             if plan.num_tokens == 1:
                 slot.sampled_step(plan)
-            if progress is not None:
-                progress(done / len(self._plans))
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
+        self._probe()
+
+    def _stop_build(self) -> None:
+        if self._build is not None:
+            self._build.close()
+
+    def _plan(self, num_tokens: int, length: int) -> DecodePlan:
+        """The plan for so many tokens, at most 8, after `length` others.
+
+        Another one does the same work a little slower while the right one's kernels are compiled.
+        """
+        rows = next(size for size in ROWS if size >= num_tokens)
+        wanted = (rows, length > LONG_CONTEXT)
+        build = None if wanted in URGENT else self._build
+        if build is not None and not build.is_done(1 + LATER.index(wanted)):
+            wanted = (1 if rows == 1 else ROWS[-1], False)
+        return self._plans[wanted]
 
     def _stop_if_aborted(self) -> None:
         if self._abort.is_set():
@@ -356,41 +417,50 @@ class CudaBackend:
 
     def _open(self) -> Decoder:
         if self._failure is not None:
-            raise BackendError(self._failure)
-        if self._model is None:
+            raise self._failure
+        if self._is_closed or self._model is None:
             raise BackendError("the backend is closed: load the model again")
         return self._model
 
     def _guard(self) -> _Guard:
-        return _Guard(self)
+        return _Guard(self._failed, self._probe)
 
-    def failed(self, reason: str) -> None:
-        """Remember that the GPU can no longer be used by this process."""
-        self._failure = reason
+    def _failed(self, error: DeviceError) -> None:
+        """Remember what can't be mended; make room where that is what lacked."""
+        if isinstance(error, DeviceLostError):
+            self._failure = error
+        elif isinstance(error, DeviceMemoryError) and self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _probe(self) -> None:
+        """Raise if the device has failed."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
 
 
 class _Guard:
-    """Turns what torch and CUDA raise into BackendError."""
+    """Turns what torch, Triton and CUDA raise into BackendError."""
 
-    def __init__(self, backend: CudaBackend) -> None:
-        self._backend = backend
+    def __init__(self, on_error: Callable[[DeviceError], None], probe: Callable[[], None]) -> None:
+        self._on_error = on_error
+        self._probe = probe
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or isinstance(error, (Aborted, AlborError)):
+        if error is None or isinstance(error, Aborted):
             return
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            raise BackendError(
-                "the GPU is out of memory: lower --slots or --ctx, or close what else uses it"
-            ) from error
+        typed = error if isinstance(error, AlborError) else device_error(error, self._probe)
+        if isinstance(typed, DeviceError):
+            self._on_error(typed)
+        if typed is error:
+            return
+        if typed is not None:
+            raise typed from error
         if isinstance(error, RuntimeError):
             reason = " ".join(str(error).split())[:200]
-            message = f"the GPU failed: {reason}; start the server again or use --backend cpu"
-            if "CUDA" in reason or "device" in reason:
-                self._backend.failed(message)
-            raise BackendError(message) from error
+            raise BackendError(f"the GPU backend failed: {reason}") from error
 
 
 class _Slot:
@@ -440,6 +510,13 @@ class _Slot:
             graph = self.decoder.capture(plan, feedback=False, store_logits=True)
             self._graphs[plan] = graph
         graph.replay()
+
+    def launches(self, *plans: DecodePlan) -> Iterator[Launch]:
+        """What `run` and `sampled_step` launch, for compiling it beforehand."""
+        for plan in plans:
+            yield from self.decoder.launches(
+                plan, sampler=self.sampler if plan.num_tokens == 1 else None
+            )
 
     def sampled_step(self, plan: DecodePlan) -> Callable[[], None]:
         """Queues one step of one token that the sampler ends and feeds back."""

@@ -106,9 +106,7 @@ _SHARE_SOME = (
     " mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; }"
 )
 
-_PREFETCH = (
-    "{ .reg .pred p; setp.lt.s32 p, $2, $3; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }"
-)
+_PREFETCH = "{ .reg .pred p; setp.lt.s32 p, $2, $3; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }"
 
 _SHARE = "st.shared.v4.f32 [$8], {$4, $5, $6, $7}; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0;"
 _SHARE += " mov.b32 $3, 0;"
@@ -292,9 +290,13 @@ def stage_x(base, words, e, KT: tl.constexpr, W: tl.constexpr):
 
 
 @jit()
-def staged_x(base, kt, e):
-    """What `load_x` gives, from shared memory."""
-    at = base + X_AT + (kt * 64 + e // 4 % 4 * 4) * 4
+def staged_x(base, kt, e, zero):
+    """What `load_x` gives, from shared memory behind the barrier that `zero` comes from.
+
+    Only that number keeps it behind the barrier: so the compiler may read in the layout that the
+    product wants.
+    """
+    at = base + X_AT + zero.to(tl.int32) + (kt * 64 + e // 4 % 4 * 4) * 4
     return _four_words(at), _four_words(at + 64), _four_words(at + 128), _four_words(at + 192)
 
 
@@ -302,7 +304,7 @@ def staged_x(base, kt, e):
 def _four_words(address):
     return tl.inline_asm_elementwise(
         "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r,r,r,r", [address],
-        dtype=tl.int32, is_pure=False, pack=4,
+        dtype=tl.int32, is_pure=True, pack=4,
     )  # fmt: skip
 
 
@@ -546,8 +548,8 @@ def share(base, band, acc, e, ASM: tl.constexpr, W: tl.constexpr):
 def put_shared(base, index, value, ok):
     """Leave float32 values, four of a thread side by side, in shared memory. With assembly only."""
     tl.inline_asm_elementwise(
-        SHARE_SOME, SHARE_SOME_CONSTRAINTS, [value, base + index * 4, ok.to(tl.int32)], dtype=tl.int32,
-        is_pure=False, pack=4,
+        SHARE_SOME, SHARE_SOME_CONSTRAINTS, [value, base + index * 4, ok.to(tl.int32)],
+        dtype=tl.int32, is_pure=False, pack=4,
     )  # fmt: skip
 
 

@@ -76,8 +76,7 @@ def _wait(PDL: tl.constexpr):
 def embed_kernel(w_ptr, g_ptr, keys_ptr, tokens_ptr, pos_ptr, out_ptr, cos_ptr, sin_ptr, h_ptr,
                  x_ptr, sums_ptr, inverse_ptr, rope_ptr, num_keys, eps, KT: tl.constexpr,
                  KB: tl.constexpr, NK: tl.constexpr, D: tl.constexpr, PB: tl.constexpr,
-                 PBP: tl.constexpr, C: tl.constexpr, FEEDBACK: tl.constexpr,
-                 PDL: tl.constexpr):  # fmt: skip
+                 PBP: tl.constexpr, FEEDBACK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Write the embeddings of the next M tokens to h and x; program m handles token m.
 
     With FEEDBACK (M = 1) the token is the best of keys [NK, 8]; the program also appends it to
@@ -112,32 +111,28 @@ def embed_kernel(w_ptr, g_ptr, keys_ptr, tokens_ptr, pos_ptr, out_ptr, cos_ptr, 
     inverse = tl.rsqrt(total / (KT * 128) + eps)
     tl.store(h_ptr + m * KT * 128 + k, h, mask=ok)
     band = tl.arange(0, PBP)
-    for copy in tl.static_range(C):
-        at = (copy * 8 + m) * KT * 128
-        tl.store(x_ptr + at + k, (h * gain * inverse).to(tl.float16), mask=ok)
-        tl.store(sums_ptr + (copy * 8 + m) * PB + band, tl.where(band == 0, total, 0.0),
-                 mask=band < PB)  # fmt: skip
-        tl.store(inverse_ptr + copy * 8 + m, inverse)
+    tl.store(x_ptr + m * KT * 128 + k, (h * gain * inverse).to(tl.float16), mask=ok)
+    tl.store(sums_ptr + m * PB + band, tl.where(band == 0, total, 0.0), mask=band < PB)
+    tl.store(inverse_ptr + m, inverse)
 
 
 @jit()
-def _scale(base, slot, inverse, last, inverse_ptr, row, token, ok, first, C: tl.constexpr,
-           ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
+def _scale(base, slot, inverse, last, inverse_ptr, row, token, ok, first, ASM: tl.constexpr,
+           W: tl.constexpr):  # fmt: skip
     """What a product with x is to be multiplied with to be one with RMSNorm(h), for each element.
 
     The `first` program also stores the inverse for the next user.
     """
     new = from_warp_0(base, slot, inverse, result_index(0, token), ASM, W)
-    # Row r stores copy r.
-    tl.store(inverse_ptr + row * 8 + token, new, mask=ok & (row < C) & first)
+    tl.store(inverse_ptr + token, new, mask=ok & (row == 0) & first)
     return new / last
 
 
 @jit()
 def qkv_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, qkv_ptr, next_ptr, eps,
-               N: tl.constexpr, KT: tl.constexpr, PB: tl.constexpr, C: tl.constexpr,
-               NEXT: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
-               W: tl.constexpr):  # fmt: skip
+               N: tl.constexpr, KT: tl.constexpr, PB: tl.constexpr, NEXT: tl.constexpr,
+               M: tl.constexpr, MP: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr,
+               ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """Qkv = W · RMSNorm(h): one band of 16 outputs for each program."""
     _start(PDL)
     band = tl.program_id(0)
@@ -145,23 +140,22 @@ def qkv_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, qkv_ptr, next_ptr,
     base = shared_base(ASM)
     tiles = load_bands(w_ptr, band, KT, 1, STREAM, e, W)
     prefetch_lines(next_ptr, NEXT, W * 32, ASM)
-    copy = band % C
     _wait(PDL)
     STAGED: tl.constexpr = ASM and M == 1 and KT <= STAGED_TILES
-    xs = load_inputs(x_ptr + copy * (8 * KT * 64), e, KT, M, STAGED, W)
+    xs = load_inputs(x_ptr, e, KT, M, STAGED, W)
     c = tl.arange(0, W * 32)
     row = c // MP % 16
     token = c % MP
     ok = (c < 16 * MP) & (token < M)
-    last = tl.load(last_ptr + copy * 8 + token, mask=ok, other=1.0)
-    inverse, zero = inverse_rms(sums_ptr + copy * (8 * PB), base, xs, e, eps, KT, PB, M, STAGED,
+    last = tl.load(last_ptr + token, mask=ok, other=1.0)
+    inverse, zero = inverse_rms(sums_ptr, base, xs, e, eps, KT, PB, M, STAGED,
                                 ASM, W)  # fmt: skip
     accs = products(tiles, xs, base, zero, e, 1, KT, M > 1, STAGED, ASM, W)
     share(base, 0, accs[0], e, ASM, W)
     share(base, 1, inverse, e, ASM, W)
     tl.debug_barrier()
     y = across_warps(base, accs, c * 0, result_index(row, token), ASM, W)
-    scale = _scale(base, 1, inverse, last, inverse_ptr, row, token, ok, band == 0, C, ASM, W)
+    scale = _scale(base, 1, inverse, last, inverse_ptr, row, token, ok, band == 0, ASM, W)
     y = y * tl.where(row < 8, scale, scale * 0.0625)
     tl.store(qkv_ptr + token * N + band * 16 + row, y, mask=ok)
 
@@ -237,7 +231,7 @@ def _load_residual(h_ptr, g_ptr, scale_ptr, band, N: tl.constexpr, M: tl.constex
 
 @jit()
 def _finish(base, acc, residual, out_ptr, x_ptr, sums_ptr, band, N: tl.constexpr,
-            PB: tl.constexpr, C: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, ASM: tl.constexpr,
+            PB: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, ASM: tl.constexpr,
             W: tl.constexpr):  # fmt: skip
     """Add up a band's shared results, add them to h; write it, its x and its sum of squares."""
     c = tl.arange(0, W * 32)
@@ -247,23 +241,20 @@ def _finish(base, acc, residual, out_ptr, x_ptr, sums_ptr, band, N: tl.constexpr
     y = across_warps(base, (acc,), c * 0, result_index(row, token), ASM, W)
     h = residual[0] + tl.where(row < 8, y, y * 0.0625)
     at = token * N + band * 16 + row
-    x = (h * residual[1] * residual[2]).to(tl.float16)
-    for copy in tl.static_range(C):
-        tl.store(x_ptr + copy * (8 * N) + at, x, mask=ok)
+    tl.store(x_ptr + at, (h * residual[1] * residual[2]).to(tl.float16), mask=ok)
     tl.store(out_ptr + at, h, mask=ok)
     total = sum_rows(tl.where(ok, h * h, 0.0), MP, ASM)
     if MP == 1:
-        tl.store(sums_ptr + c * (8 * PB) + band, total, mask=c < C)
+        tl.store(sums_ptr + band + c * 0, total, mask=c == 0)
     else:
         t = tl.arange(0, MP)
-        for copy in tl.static_range(C):
-            tl.store(sums_ptr + (copy * 8 + t) * PB + band, total, mask=t < M)
+        tl.store(sums_ptr + t * PB + band, total, mask=t < M)
 
 
 @jit()
 def output_kernel(w_ptr, att_ptr, lse_ptr, h_ptr, out_ptr, g_ptr, scale_ptr, x_ptr, sums_ptr,
                   next_ptr, N: tl.constexpr, KT: tl.constexpr, PB: tl.constexpr,
-                  C: tl.constexpr, NEXT: tl.constexpr, M: tl.constexpr,
+                  NEXT: tl.constexpr, M: tl.constexpr,
                   MP: tl.constexpr, H: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
                   STREAM: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
                   W: tl.constexpr):  # fmt: skip
@@ -275,20 +266,20 @@ def output_kernel(w_ptr, att_ptr, lse_ptr, h_ptr, out_ptr, g_ptr, scale_ptr, x_p
     tiles = load_bands(w_ptr, band, KT, 1, STREAM, e, W)
     prefetch_lines(next_ptr, NEXT, W * 32, ASM)
     _wait(PDL)
-    residual = _load_residual(h_ptr, g_ptr, scale_ptr + band % C * 8, band, N, M, MP, W)
+    residual = _load_residual(h_ptr, g_ptr, scale_ptr, band, N, M, MP, W)
     xs, zero = load_attention(att_ptr, lse_ptr, e, KT, M, MP, H, D, S, ASM, W)
     accs = products(tiles, xs, base, zero, e, 1, KT, True, False, ASM, W)
     acc = sum_columns(accs[0], MP, ASM, W)
     share(base, 0, acc, e, ASM, W)
     tl.debug_barrier()
-    _finish(base, acc, residual, out_ptr, x_ptr, sums_ptr, band, N, PB, C, M, MP, ASM, W)
+    _finish(base, acc, residual, out_ptr, x_ptr, sums_ptr, band, N, PB, M, MP, ASM, W)
 
 
 @jit()
 def gate_up_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, act_ptr, next_ptr, eps,
                    F: tl.constexpr, KT: tl.constexpr, NB: tl.constexpr, PB: tl.constexpr,
-                   C: tl.constexpr, NEXT: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr,
-                   ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
+                   NEXT: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, STREAM: tl.constexpr,
+                   PDL: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """Act = SiLU(gate) · up of RMSNorm(h): NB bands of 8 channels for each program.
 
     NB divides the number of bands, and NB · 8 · MP is at most the number of threads.
@@ -299,17 +290,16 @@ def gate_up_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, act_ptr, next_
     base = shared_base(ASM)
     tiles = load_bands(w_ptr, band, KT, NB, STREAM, e, W)
     prefetch_lines(next_ptr, NEXT, W * 32, ASM)
-    copy = tl.program_id(0) % C
     _wait(PDL)
     STAGED: tl.constexpr = ASM and M == 1 and KT <= STAGED_TILES
-    xs = load_inputs(x_ptr + copy * (8 * KT * 64), e, KT, M, STAGED, W)
+    xs = load_inputs(x_ptr, e, KT, M, STAGED, W)
     c = tl.arange(0, W * 32)
     which = tl.minimum(c // (8 * MP), NB - 1)
     row = c // MP % 8
     token = c % MP
     ok = (c < NB * 8 * MP) & (token < M)
-    last = tl.load(last_ptr + copy * 8 + token, mask=ok, other=1.0)
-    inverse, zero = inverse_rms(sums_ptr + copy * (8 * PB), base, xs, e, eps, KT, PB, M, STAGED,
+    last = tl.load(last_ptr + token, mask=ok, other=1.0)
+    inverse, zero = inverse_rms(sums_ptr, base, xs, e, eps, KT, PB, M, STAGED,
                                 ASM, W)  # fmt: skip
     accs = products(tiles, xs, base, zero, e, NB, KT, M > 1, STAGED, ASM, W)
     for b in tl.static_range(NB):
@@ -319,15 +309,14 @@ def gate_up_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, act_ptr, next_
     gate = across_warps(base, accs, which, result_index(row, token), ASM, W)
     up = across_warps(base, accs, which, result_index(row + 8, token), ASM, W)
     scale = _scale(base, NB, inverse, last, inverse_ptr, row, token, ok, (band == 0) & (which == 0),
-                   C, ASM, W)  # fmt: skip
+                   ASM, W)  # fmt: skip
     act = (silu(gate * scale) * (up * (scale * 0.0625))).to(tl.float16)
-    for to in tl.static_range(C):
-        tl.store(act_ptr + (to * 8 + token) * F + (band + which) * 8 + row, act, mask=ok)
+    tl.store(act_ptr + token * F + (band + which) * 8 + row, act, mask=ok)
 
 
 @jit()
 def feed_forward_kernel(w_ptr, act_ptr, h_ptr, out_ptr, g_ptr, scale_ptr, x_ptr, sums_ptr,
-                        N: tl.constexpr, KT: tl.constexpr, PB: tl.constexpr, C: tl.constexpr,
+                        N: tl.constexpr, KT: tl.constexpr, PB: tl.constexpr,
                         M: tl.constexpr, MP: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr,
                         ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """Out = h + W · act."""
@@ -337,21 +326,20 @@ def feed_forward_kernel(w_ptr, act_ptr, h_ptr, out_ptr, g_ptr, scale_ptr, x_ptr,
     base = shared_base(ASM)
     tiles = load_bands(w_ptr, band, KT, 1, STREAM, e, W)
     _wait(PDL)
-    copy = band % C
-    residual = _load_residual(h_ptr, g_ptr, scale_ptr + copy * 8, band, N, M, MP, W)
+    residual = _load_residual(h_ptr, g_ptr, scale_ptr, band, N, M, MP, W)
     STAGED: tl.constexpr = ASM and M == 1 and KT <= STAGED_TILES
-    xs = load_inputs(act_ptr + copy * (8 * KT * 64), e, KT, M, STAGED, W)
+    xs = load_inputs(act_ptr, e, KT, M, STAGED, W)
     zero = settle_inputs(base, xs, e, KT, STAGED, ASM, W)
     accs = products(tiles, xs, base, zero, e, 1, KT, M > 1, STAGED, ASM, W)
     share(base, 0, accs[0], e, ASM, W)
     tl.debug_barrier()
-    _finish(base, accs[0], residual, out_ptr, x_ptr, sums_ptr, band, N, PB, C, M, MP, ASM, W)
+    _finish(base, accs[0], residual, out_ptr, x_ptr, sums_ptr, band, N, PB, M, MP, ASM, W)
 
 
 @jit()
 def head_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, logits_ptr, keys_ptr, eps, num_bands,
-                V: tl.constexpr, KT: tl.constexpr, PB: tl.constexpr, C: tl.constexpr,
-                M: tl.constexpr, STORE: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
+                V: tl.constexpr, KT: tl.constexpr, PB: tl.constexpr, M: tl.constexpr,
+                STORE: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
                 W: tl.constexpr):  # fmt: skip
     """Logits = W · RMSNorm(h) and each program's best: a band of 16 for each warp.
 
@@ -367,9 +355,6 @@ def head_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, logits_ptr, keys_ptr, eps, num
     tiles = ()
     for k in tl.static_range(AHEAD):
         tiles = tiles + load_tile(w_ptr, row_of_tiles + k, e, STREAM)
-    copy = tl.program_id(0) % C
-    x_ptr += copy * (8 * KT * 64)
-    last_ptr += copy * 8
     _wait(PDL)
     STAGED: tl.constexpr = ASM and M == 1 and KT <= STAGED_TILES
     if STAGED:
@@ -381,7 +366,7 @@ def head_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, logits_ptr, keys_ptr, eps, num
         last = tl.load(last_ptr)
     else:
         last = tl.load(last_ptr + tl.minimum(token, M - 1))
-    inverse, zero = inverse_rms(sums_ptr + copy * (8 * PB), base, xs, e, eps, KT, PB, M, STAGED,
+    inverse, zero = inverse_rms(sums_ptr, base, xs, e, eps, KT, PB, M, STAGED,
                                 ASM, W)  # fmt: skip
     share(base, 0, inverse, e, ASM, W)
     acc = tl.zeros([W * 128], tl.float32)
@@ -389,7 +374,7 @@ def head_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, logits_ptr, keys_ptr, eps, num
         if k + AHEAD < KT:
             tiles = tiles + load_tile(w_ptr, row_of_tiles + k + AHEAD, e, STREAM)
         if STAGED:
-            x = staged_x(base, k + e * 0, e)
+            x = staged_x(base, k + e * 0, e, zero)
         elif k > 0:
             x = load_x(x_ptr, k, e, KT, M)
         else:

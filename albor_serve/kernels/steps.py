@@ -114,7 +114,7 @@ def products(tiles, xs, base, zero, e, NB: tl.constexpr, KT: tl.constexpr, MANY:
         accs = accs + (tl.zeros([W * 128], tl.float32),)  # noqa: RUF005
     for q in tl.static_range(KPW):
         if STAGED:
-            x = staged_x(base, tl.minimum(e // 128 + q * W, KT - 1), e)
+            x = staged_x(base, tl.minimum(e // 128 + q * W, KT - 1), e, zero)
         else:
             x = (xs[4 * q], xs[4 * q + 1], xs[4 * q + 2], xs[4 * q + 3])
         sums = ()
