@@ -67,6 +67,7 @@ class FakeGpu(cuda.CudaBackend):
         self._device = torch.device("cpu")
         self._failure = None
         self._build = None
+        self._prefill = None
         self._is_closed = False
         self._on_close = on_close
         self._model = object()  # type: ignore[assignment]

@@ -2,12 +2,15 @@
 
 A few tokens at a time (decoding, drafts to verify, what was typed since the last prompt) go through
 graphs of the fused kernels, which read Q4_0 weights; more go through `albor_serve.model` in
-float16, where the matrix products of cuBLAS are at their best. Both write the same KV cache.
+float16, where the matrix products of cuBLAS are at their best, as graphs too (backends/prefill.py).
+Both write the same KV cache.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,6 +29,7 @@ from albor_serve.backends.checks import (
 )
 from albor_serve.backends.device_errors import device_error
 from albor_serve.backends.device_run import DeviceRun
+from albor_serve.backends.prefill import Prefill
 from albor_serve.config import DevicePlan, ModelConfig
 from albor_serve.errors import (
     AlborError,
@@ -47,12 +51,15 @@ if TYPE_CHECKING:
 
 __all__ = ["CudaBackend", "has_gpu", "unsupported"]
 
+logger = logging.getLogger(__name__)
+
 MAX_BATCH_LEN: Final = 2048
 ROWS: Final = (1, 2, 4, 8)
 """Numbers of tokens for which there are graphs; others are padded up to the next."""
 MOST_BY_KERNELS: Final = 256
-"""Up to so many tokens go through the kernels, eight at a time: on an H100 eight take 0.11 ms (33M)
-to 0.40 ms (350M), while a prompt through torch costs 7 ms for the launches of 8 layers alone."""
+"""Up to so many tokens may go through the kernels, eight at a time: on an H100 eight take 0.11 ms
+(33M) to 0.40 ms (350M), while a prompt through torch costs 7 ms for the launches of 8 layers alone.
+With graphs of torch's launches it is measured at the start."""
 Plan = tuple[int, bool]
 """Rows, and whether the context is long."""
 URGENT: Final[tuple[Plan, ...]] = ((1, False), (8, False))
@@ -66,6 +73,8 @@ LATER: Final[tuple[Plan, ...]] = (
     (2, True),
 )
 """Plans that are compiled while requests are answered already, in this order."""
+MOST_OFF: Final = 0.1
+"""How far logits of the kernels may be from torch's, in parts of the largest; usually 0.002."""
 LONG_CONTEXT: Final = 1024
 """From here on a key-value head's positions are shared by more programs."""
 CAPABILITY: Final = (8, 0)
@@ -164,8 +173,9 @@ class CudaBackend:
         self._build: KernelBuild | None = None
         kv_bytes = 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim
         # Padded rows may write a few positions beyond the last token.
-        room = max_seq_len + ROWS[-1]
+        room = (max_seq_len + ROWS[-1] + 7) // 8 * 8
         with self._guard():
+            name = torch.cuda.get_device_name() if self._device.type == "cuda" else "interpreter"
             free = torch.cuda.mem_get_info()[0] if self._device.type == "cuda" else None
             check_cache_memory(kv_bytes, num_slots, room, free)
             vectors = {name: read(name) for name in _norms(config)}
@@ -173,7 +183,23 @@ class CudaBackend:
             self._model: Decoder | None = load_decoder(
                 config, read, dtype=torch.float16, device=self._device
             )
-            self._slots = [_Slot(config, weights, room) for _ in range(num_slots)]
+            self._info = BackendInfo(
+                name="cuda",
+                device=name,
+                vocab_size=config.vocab_size,
+                num_slots=num_slots,
+                max_seq_len=max_seq_len,
+                max_batch_len=max(MAX_BATCH_LEN, num_slots),
+                weight_bytes=weights.bytes_per_token,
+                kv_bytes_per_token=kv_bytes,
+            )
+            kv = (num_slots, config.num_layers, config.num_kv_heads, room, config.head_dim)
+            keys = torch.zeros(kv, dtype=torch.float16, device=self._device)
+            values = torch.zeros_like(keys)
+            self._slots = [
+                _Slot(config, weights, room, cache) for cache in zip(keys, values, strict=True)
+            ]
+            self._prefill: Prefill | None = Prefill(self._model, keys, values)
             self._plans = _plans(weights, self._device)
             # The interpreter takes seconds for what a GPU does in a tenth of a millisecond.
             self._most_by_kernels = MOST_BY_KERNELS if self._device.type == "cuda" else ROWS[-1]
@@ -185,17 +211,6 @@ class CudaBackend:
             except BaseException:
                 self._stop_build()
                 raise
-        name = torch.cuda.get_device_name() if self._device.type == "cuda" else "interpreter"
-        self._info = BackendInfo(
-            name="cuda",
-            device=name,
-            vocab_size=config.vocab_size,
-            num_slots=num_slots,
-            max_seq_len=max_seq_len,
-            max_batch_len=max(MAX_BATCH_LEN, num_slots),
-            weight_bytes=weights.bytes_per_token,
-            kv_bytes_per_token=kv_bytes,
-        )
 
     @classmethod
     def from_gguf(
@@ -321,6 +336,7 @@ class CudaBackend:
         self._stop_build()
         if self._failure is None:
             self._model = None
+            self._prefill = None
             self._slots = []
             self._host = torch.empty(0)
             if self._device.type == "cuda":
@@ -334,8 +350,10 @@ class CudaBackend:
         if not count:
             return np.empty((0, self._info.vocab_size), dtype=np.float32)
         self._stop_if_aborted()
-        if count <= self._most_by_kernels:
+        if count <= (MOST_BY_KERNELS if step.num_rows > 1 else self._most_by_kernels):
             return self._through_kernels(slot, step)
+        if step.num_rows <= 1 and self._prefill is not None:
+            return self._in_pieces(self._prefill, slot, step)
         tokens = torch.tensor([list(step.tokens)], dtype=torch.int64, device=self._device)
         cache = slot.cache()
         hidden = model.hidden(tokens, cache=cache, before_layer=self._stop_if_aborted)
@@ -346,6 +364,21 @@ class CudaBackend:
             rows = np.empty((0, self._info.vocab_size), dtype=np.float32)
         slot.length += count
         return rows
+
+    def _in_pieces(self, prefill: Prefill, slot: _Slot, step: ExtendStep) -> LogitRows:
+        """A prompt of which at most the last row is wanted."""
+        rest = step.tokens
+        while len(rest):
+            self._stop_if_aborted()
+            num = prefill.piece_len(len(rest))
+            prefill.run(step.slot, rest[:num], slot.length)
+            slot.length += num
+            rest = rest[num:]
+        rows = self._host[: step.num_rows]
+        rows.copy_(prefill.logits[: step.num_rows], non_blocking=True)
+        self._probe()
+        result: LogitRows = rows.numpy().copy()
+        return result
 
     def _through_kernels(self, slot: _Slot, step: ExtendStep) -> LogitRows:
         """A few tokens through the kernels, eight at a time."""
@@ -394,6 +427,67 @@ class CudaBackend:
             if plan.num_tokens == 1:
                 slot.sampled_step(plan)
         self._probe()
+        self._capture_prompts()
+        self._check()
+
+    def _capture_prompts(self) -> None:
+        """Record prompts as graphs and find out from which length on they are the faster way."""
+        assert self._prefill is not None
+        free = torch.cuda.mem_get_info()[0]
+        try:
+            self._prefill.capture()
+            self._probe()
+        except RuntimeError as error:
+            typed = device_error(error, self._probe)
+            if typed is None or isinstance(typed, DeviceLostError):
+                raise
+            torch.cuda.empty_cache()
+            logger.warning("prompts take some milliseconds more, without CUDA graphs: %s", typed)
+            return
+        num_mb = (free - torch.cuda.mem_get_info()[0]) / 1e6
+        logger.info("%d graphs of prompts take %.0f MB", self._prefill.num_graphs, num_mb)
+        slot, plan = self._slots[0], self._plans[ROWS[-1], False]
+        piece = [0] * self._prefill.sizes[0]
+        whole = self._fastest(lambda prefill: prefill.run(0, piece, 0))
+        slot.set_input([0] * plan.num_tokens, 0)
+        eight = self._fastest(lambda _: slot.run(plan))
+        self._most_by_kernels = min(MOST_BY_KERNELS, max(1, int(whole / eight)) * ROWS[-1])
+        logger.info("up to %d tokens go through the kernels", self._most_by_kernels)
+
+    def _fastest(self, call: Callable[[Prefill], None]) -> float:
+        """Seconds of the fastest of some calls."""
+        assert self._prefill is not None
+        best = float("inf")
+        for _ in range(10):
+            began = time.perf_counter()
+            call(self._prefill)
+            self._probe()
+            best = min(best, time.perf_counter() - began)
+        return best
+
+    def _check(self) -> None:
+        """Compute eight tokens in both ways. Raises DeviceError where the results differ.
+
+        So a GPU or compiler on which the kernels are wrong is found before it answers anybody.
+        """
+        assert self._prefill is not None
+        tokens = [i * 7919 % self._info.vocab_size for i in range(ROWS[-1])]
+        slot = self._slots[0]
+        results = []
+        for compute in (self._through_kernels, self._by_torch):
+            results.append(compute(slot, ExtendStep(0, tokens))[0].copy())
+            slot.length = 0
+        got, want = results
+        off = float(np.abs(got - want).max() / max(float(np.abs(want).max()), 1e-6))
+        if not off < MOST_OFF:  # also catches NaN
+            raise DeviceError(
+                f"the kernels compute wrongly on this GPU ({off:.2g} away from torch's logits): "
+                "use --fallback cpu or --backend cpu"
+            )
+
+    def _by_torch(self, slot: _Slot, step: ExtendStep) -> LogitRows:
+        assert self._prefill is not None
+        return self._in_pieces(self._prefill, slot, step)
 
     def _stop_build(self) -> None:
         if self._build is not None:
@@ -466,8 +560,14 @@ class _Guard:
 class _Slot:
     """One sequence: its decoder with the KV cache, its graphs, how much of the cache counts."""
 
-    def __init__(self, config: ModelConfig, weights: DecodeWeights, room: int) -> None:
-        self.decoder = GpuDecoder(weights, room)
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: DecodeWeights,
+        room: int,
+        cache: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        self.decoder = GpuDecoder(weights, room, cache)
         self.length = 0
         self._num_layers = config.num_layers
         self._graphs: dict[DecodePlan, Any] = {}

@@ -134,7 +134,19 @@ class GpuDecoder:
     Buffers belong to this object; `step` writes them. Not safe for several threads.
     """
 
-    def __init__(self, weights: DecodeWeights, max_seq_len: int) -> None:
+    def __init__(
+        self,
+        weights: DecodeWeights,
+        max_seq_len: int,
+        cache: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Allocate.
+
+        Args:
+            weights: on the device.
+            max_seq_len: positions of the cache.
+            cache: memory for `keys` and `values`; None allocates it.
+        """
         require_triton()
         if max_seq_len > weights.cos.shape[0]:
             raise ConfigError(
@@ -145,9 +157,13 @@ class GpuDecoder:
         self.max_seq_len = max_seq_len
         c, device = weights.config, weights.head.device
         kv = (c.num_layers, c.num_kv_heads, max_seq_len, c.head_dim)
-        self.keys = torch.zeros(kv, dtype=torch.float16, device=device)
-        """float16 [L, H_kv, max_seq_len, D]; zeros where nothing is cached yet."""
-        self.values = torch.zeros(kv, dtype=torch.float16, device=device)
+        if cache is None:
+            cache = (
+                torch.zeros(kv, dtype=torch.float16, device=device),
+                torch.zeros(kv, dtype=torch.float16, device=device),
+            )
+        self.keys, self.values = cache
+        """float16 [L, H_kv, max_seq_len, D]; finite numbers where nothing is cached yet."""
         self.position = torch.zeros(1, dtype=torch.int32, device=device)
         """int32 [1]: tokens in the cache before the step."""
         self.tokens = torch.zeros(8, dtype=torch.int32, device=device)

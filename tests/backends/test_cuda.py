@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from albor_serve.backends import cuda  # noqa: E402
+from albor_serve.backends.base import BackendInfo  # noqa: E402
 from albor_serve.checkpoint.gguf import open_gguf_checkpoint  # noqa: E402
 from albor_serve.config import ModelConfig  # noqa: E402
 from albor_serve.errors import (  # noqa: E402
     BackendError,
     ConfigError,
+    DeviceError,
     DeviceLostError,
     DeviceMemoryError,
     UnsupportedModelError,
@@ -46,12 +50,17 @@ def both(slot, count, rows="all"):
     assert got.shape == want.shape
     assert not got.size or np.abs(got - want).max() < 0.02, (count, np.abs(got - want).max())
 
-both(0, 12)         # a prompt, through torch
+ours._check()
+both(0, 12)         # a prompt whose rows are all wanted, through torch
 both(0, 1)          # a token, through the kernels
 both(0, 3)          # drafts, padded to four
 both(1, 2, "last")  # another slot
 if device == "cpu":
     ours._most_by_kernels = 11
+for backend in (ours, plain):
+    backend.rewind(1, 0)
+both(1, 21, "last") # a prompt, in a piece of the prefill's
+both(1, 13, "none")
 for backend in (ours, plain):
     backend.rewind(1, 0)
 both(1, 11)         # what was typed, eight tokens and three through the kernels
@@ -251,3 +260,18 @@ def test_until_a_plan_is_compiled_another_does_its_work(
     assert set(cuda.URGENT) | set(cuda.LATER) == set(backend._plans)
     backend._build = None
     assert [backend._plan(*one).num_tokens for one in wanted] == all_of_them
+
+
+def test_kernels_that_compute_wrongly_are_found_at_the_start() -> None:
+    backend = object.__new__(cuda.CudaBackend)
+    backend._info = BackendInfo("cuda", "fake", 64, 1, 16, 16, 1, 1)
+    backend._prefill = object()  # type: ignore[assignment]
+    backend._slots = [SimpleNamespace(length=0)]  # type: ignore[list-item]
+    right = np.linspace(-3, 3, 64, dtype=np.float32)[None]
+    backend._by_torch = lambda *_: right  # type: ignore[method-assign]
+    for wrong in (right * 0, right[:, ::-1], right * np.nan):
+        backend._through_kernels = lambda *_, rows=wrong: rows  # type: ignore[method-assign]
+        with pytest.raises(DeviceError, match="compute wrongly on this GPU"):
+            backend._check()
+    backend._through_kernels = lambda *_: right + 0.01  # type: ignore[method-assign]
+    backend._check()
