@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from albor_serve.config import ModelConfig
 from albor_serve.model import Attend, Decoder, KVCache, RMSNorm, rotate
+from albor_train.swiglu import swiglu
 
 __all__ = ["FusedDecoder", "by_original_name"]
 
@@ -76,25 +77,33 @@ class _FusedAttention(nn.Module):  # type: ignore[misc]
 class _FusedFeedForward(nn.Module):  # type: ignore[misc]
     """`albor_serve.model.FeedForward` with one input product."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, own_kernels: bool) -> None:
         super().__init__()
+        self.own_kernels = own_kernels
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, d] to the same shape."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        gate_up = self.gate_up_proj(x)
+        if self.own_kernels:
+            return self.down_proj(swiglu(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
         return self.down_proj(functional.silu(gate) * up)
 
 
 class FusedDecoder(Decoder):
-    """The decoder for training, without a cache."""
+    """The decoder for training, without a cache.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        own_kernels: SwiGLU by `albor_train.swiglu` instead of what torch.compile makes of it.
+    """
+
+    def __init__(self, config: ModelConfig, *, own_kernels: bool = False) -> None:
         super().__init__(config)
         for layer in self.model.layers:
             layer.self_attn = _FusedAttention(config)
-            layer.mlp = _FusedFeedForward(config)
+            layer.mlp = _FusedFeedForward(config, own_kernels=own_kernels)
 
 
 def by_original_name(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:

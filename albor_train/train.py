@@ -22,7 +22,7 @@ from torch import Tensor
 from albor_serve.config import ModelConfig
 from albor_serve.model import Decoder
 from albor_train.artefact import write_json
-from albor_train.attention import attention_for, prepare_mask
+from albor_train.attention import attention_for, prepare_mask, sdpa_by
 from albor_train.batches import Batch, RowStream
 from albor_train.errors import DivergedError, TrainingError
 from albor_train.fused import FusedDecoder, by_original_name
@@ -320,7 +320,8 @@ class Trainer:
     def _loss(self, batch: Batch) -> Tensor:
         """Sum of the losses of a batch on the device."""
         mask = prepare_mask(self._train.attention, batch.documents, self._world.device)
-        hidden = self._hidden(batch.tokens, mask, self._rotations)
+        with sdpa_by(self._train.sdpa, self._world.device):
+            hidden = self._hidden(batch.tokens, mask, self._rotations)
         head = self._model.model.embed_tokens.weight
         if not self._config.tie_embeddings:
             head = self._model.lm_head.weight
@@ -336,8 +337,13 @@ class Trainer:
         """One step on the rows of step `rows_of_step`, without log, validation or checkpoint.
 
         For measurements: `on_update` gets the milliseconds from the last gradient to new weights.
+        The following step's rows are read meanwhile, as in a run.
         """
         self.step = rows_of_step
+        if self._reader is None:
+            self._reader = ThreadPoolExecutor(1)
+        rows_at_hand = len(self._stream) // self._rows_per_step
+        self._last_step = min(rows_of_step + 2, rows_at_hand)
         return self._one_step(None, on_update)
 
     def _one_step(
@@ -504,7 +510,11 @@ def validation_loss(
 
 def _make_model(config: ModelConfig, train: TrainSpec, device: torch.device) -> Decoder:
     with torch.device("meta"):
-        model = FusedDecoder(config) if train.fused_projections else Decoder(config)
+        model = (
+            FusedDecoder(config, own_kernels=train.own_kernels)
+            if train.fused_projections
+            else Decoder(config)
+        )
     model.to(_DTYPES[train.dtype])
     model.to_empty(device=device).requires_grad_()
     return model

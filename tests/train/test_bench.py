@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from albor_train.bench import bench, profile, table
+from albor_train.bench import Kernel, bench, kernel_table, profile, table
 from albor_train.cli import main
 from albor_train.errors import TrainingError
 from albor_train.spec import load_spec
@@ -21,7 +21,7 @@ VARIANTS = [
     "ours",
     "ours:attention=causal,chunk=64,rows=4",
     "ours:optimizer=adamw,mode=off",
-    "ours:fused=on,head_dim=32,batch=2048",
+    "ours:fused=on,head_dim=32,batch=2048,swiglu=own",
 ]
 
 
@@ -77,6 +77,27 @@ def test_a_profile_names_the_kernels(tmp_path: Path) -> None:
         load_spec(write_tiny_spec(tmp_path)), "ours:mode=off", device=CPU, batch_tokens=512
     )
     assert "aten::mm" in text
+
+
+def test_kernels_are_summed_by_kind_with_the_time_between_them() -> None:
+    kernels = [
+        Kernel("nvjet_sm90_tst", 0, 1000),
+        Kernel("flash_bwd", 1500, 2000),
+        Kernel("flash_bwd", 1600, 3000),
+        Kernel("triton_poi_fused_silu", 3000, 4000),
+    ]
+    text = kernel_table(kernels)
+    assert "4.0 ms from the first kernel to the last" in text
+    rows = [line.split(maxsplit=3) for line in text.splitlines()]
+    kinds = {row[3]: (row[0], row[2]) for row in rows[1:5]}
+    assert kinds == {
+        "attention": ("1.90", "47.5%"),
+        "matrix products": ("1.00", "25.0%"),
+        "SwiGLU": ("1.00", "25.0%"),
+        "nothing runs": ("0.50", "12.5%"),
+    }
+    assert ["1.90", "47.5%", "2", "flash_bwd"] in rows
+    assert kernel_table([]) == "no kernels\n"
 
 
 def test_the_command_prints_a_table(
