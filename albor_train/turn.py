@@ -1,0 +1,326 @@
+"""From one product of queries, keys and values to what attention reads, each way in one pass.
+
+Queries and keys are normalised for each head and turned by their positions (Qwen3: RMS norm, then
+rotary positions), values are copied. torch.compile makes two passes of the forward direction and
+three of the backward one, a third of them for the gradient of the norms' weights.
+
+Letters: B rows, T tokens, H query heads, K key heads, D head size, R = (H + 2 K) D.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from albor_serve.model import rotate
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU build of torch; the operators then compute with torch
+    triton = tl = None
+
+__all__ = ["turn_heads"]
+
+_TOKENS: Final = 2
+"""Tokens that a program has at one time."""
+_MOST_PROGRAMS: Final = 2048
+
+if triton is not None:
+
+    @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+    def _turn_forward(  # type: ignore[no-untyped-def]
+        qkv, q_weight, k_weight, cos, sin, q, k, v, num_tokens, row_len, eps,
+        heads: tl.constexpr, kv_heads: tl.constexpr, half: tl.constexpr,
+        block: tl.constexpr, padded: tl.constexpr, padded_kv: tl.constexpr,
+    ):  # fmt: skip
+        size: tl.constexpr = 2 * half
+        turned: tl.constexpr = heads + kv_heads
+        all_heads: tl.constexpr = turned + kv_heads
+        token = (tl.program_id(0) * block + tl.arange(0, block)).to(tl.int64)
+        head = tl.arange(0, padded)
+        column = tl.arange(0, half)
+        there = token < num_tokens
+        inside = there[:, None, None] & (head < turned)[None, :, None]
+        at = token[:, None, None] * (all_heads * size) + (
+            head[None, :, None] * size + column[None, None, :]
+        )
+        first = tl.load(qkv + at, inside, 0.0).to(tl.float32)
+        second = tl.load(qkv + at + half, inside, 0.0).to(tl.float32)
+        mean = (tl.sum(first * first, 2) + tl.sum(second * second, 2)) / size
+        scale = tl.rsqrt(mean + eps)[:, :, None]
+        is_query = (head < heads)[:, None]
+        first_weight = tl.where(
+            is_query, tl.load(q_weight + column)[None, :], tl.load(k_weight + column)[None, :]
+        ).to(tl.float32)
+        second_weight = tl.where(
+            is_query,
+            tl.load(q_weight + half + column)[None, :],
+            tl.load(k_weight + half + column)[None, :],
+        ).to(tl.float32)
+        first = first * scale * first_weight[None, :, :]
+        second = second * scale * second_weight[None, :, :]
+        place = (token % row_len)[:, None, None] * half + column[None, None, :]
+        c = tl.load(cos + place, there[:, None, None], 0.0).to(tl.float32)
+        s = tl.load(sin + place, there[:, None, None], 0.0).to(tl.float32)
+        low = (first * c - second * s).to(q.dtype.element_ty)
+        high = (second * c + first * s).to(q.dtype.element_ty)
+        to_q = token[:, None, None] * (heads * size) + (
+            head[None, :, None] * size + column[None, None, :]
+        )
+        for_q = inside & (head < heads)[None, :, None]
+        tl.store(q + to_q, low, for_q)
+        tl.store(q + to_q + half, high, for_q)
+        to_k = token[:, None, None] * (kv_heads * size) + (
+            (head - heads)[None, :, None] * size + column[None, None, :]
+        )
+        for_k = inside & (head >= heads)[None, :, None]
+        tl.store(k + to_k, low, for_k)
+        tl.store(k + to_k + half, high, for_k)
+        kv_head = tl.arange(0, padded_kv)
+        both = tl.arange(0, size)
+        kept = there[:, None, None] & (kv_head < kv_heads)[None, :, None]
+        here = kv_head[None, :, None] * size + both[None, None, :]
+        value = tl.load(
+            qkv + token[:, None, None] * (all_heads * size) + turned * size + here, kept
+        )
+        tl.store(v + token[:, None, None] * (kv_heads * size) + here, value, kept)
+
+    @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+    def _turn_backward(  # type: ignore[no-untyped-def]
+        qkv, q_weight, k_weight, cos, sin, for_q, for_k, for_v, out, weights_out,
+        num_tokens, row_len, eps, rounds: tl.constexpr,
+        heads: tl.constexpr, kv_heads: tl.constexpr, half: tl.constexpr,
+        block: tl.constexpr, padded: tl.constexpr, padded_kv: tl.constexpr,
+    ):  # fmt: skip
+        size: tl.constexpr = 2 * half
+        turned: tl.constexpr = heads + kv_heads
+        all_heads: tl.constexpr = turned + kv_heads
+        head = tl.arange(0, padded)
+        column = tl.arange(0, half)
+        is_query = (head < heads)[:, None]
+        first_weight = tl.where(
+            is_query, tl.load(q_weight + column)[None, :], tl.load(k_weight + column)[None, :]
+        ).to(tl.float32)
+        second_weight = tl.where(
+            is_query,
+            tl.load(q_weight + half + column)[None, :],
+            tl.load(k_weight + half + column)[None, :],
+        ).to(tl.float32)
+        first_sum = tl.zeros((padded, half), tl.float32)
+        second_sum = tl.zeros((padded, half), tl.float32)
+        kv_head = tl.arange(0, padded_kv)
+        both = tl.arange(0, size)
+        here = kv_head[None, :, None] * size + both[None, None, :]
+        for number in range(rounds):
+            start = (number * tl.num_programs(0) + tl.program_id(0)) * block
+            token = (start + tl.arange(0, block)).to(tl.int64)
+            there = token < num_tokens
+            inside = there[:, None, None] & (head < turned)[None, :, None]
+            in_q = inside & (head < heads)[None, :, None]
+            in_k = inside & (head >= heads)[None, :, None]
+            from_q = token[:, None, None] * (heads * size) + (
+                head[None, :, None] * size + column[None, None, :]
+            )
+            from_k = token[:, None, None] * (kv_heads * size) + (
+                (head - heads)[None, :, None] * size + column[None, None, :]
+            )
+            low = tl.load(for_q + from_q, in_q, 0.0).to(tl.float32)
+            low += tl.load(for_k + from_k, in_k, 0.0).to(tl.float32)
+            high = tl.load(for_q + from_q + half, in_q, 0.0).to(tl.float32)
+            high += tl.load(for_k + from_k + half, in_k, 0.0).to(tl.float32)
+            place = (token % row_len)[:, None, None] * half + column[None, None, :]
+            c = tl.load(cos + place, there[:, None, None], 0.0).to(tl.float32)
+            s = tl.load(sin + place, there[:, None, None], 0.0).to(tl.float32)
+            for_first = low * c + high * s
+            for_second = high * c - low * s
+            at = token[:, None, None] * (all_heads * size) + (
+                head[None, :, None] * size + column[None, None, :]
+            )
+            first = tl.load(qkv + at, inside, 0.0).to(tl.float32)
+            second = tl.load(qkv + at + half, inside, 0.0).to(tl.float32)
+            mean = (tl.sum(first * first, 2) + tl.sum(second * second, 2)) / size
+            scale = tl.rsqrt(mean + eps)[:, :, None]
+            first, second = first * scale, second * scale
+            first_sum += tl.sum(for_first * first, 0)
+            second_sum += tl.sum(for_second * second, 0)
+            for_first *= first_weight[None, :, :]
+            for_second *= second_weight[None, :, :]
+            along = (tl.sum(for_first * first, 2) + tl.sum(for_second * second, 2)) / size
+            for_first = scale * (for_first - first * along[:, :, None])
+            for_second = scale * (for_second - second * along[:, :, None])
+            tl.store(out + at, for_first.to(out.dtype.element_ty), inside)
+            tl.store(out + at + half, for_second.to(out.dtype.element_ty), inside)
+            kept = there[:, None, None] & (kv_head < kv_heads)[None, :, None]
+            value = tl.load(for_v + token[:, None, None] * (kv_heads * size) + here, kept)
+            to_v = out + token[:, None, None] * (all_heads * size) + turned * size + here
+            tl.store(to_v, value, kept)
+        # Sums of this program: queries' weights, then keys', each [D].
+        mine = weights_out + tl.program_id(0) * (2 * size) + column
+        zeros = tl.zeros((padded, half), tl.float32)
+        tl.store(mine, tl.sum(tl.where(is_query, first_sum, zeros), 0))
+        tl.store(mine + half, tl.sum(tl.where(is_query, second_sum, zeros), 0))
+        tl.store(mine + size, tl.sum(tl.where(is_query, zeros, first_sum), 0))
+        tl.store(mine + size + half, tl.sum(tl.where(is_query, zeros, second_sum), 0))
+
+
+def _heads_of(qkv: Tensor, q_weight: Tensor, kv_heads: int) -> int:
+    """Number of query heads."""
+    return int(qkv.shape[-1]) // int(q_weight.shape[0]) - 2 * kv_heads
+
+
+def _sizes(heads: int, kv_heads: int, head_dim: int) -> dict[str, int]:
+    return {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "half": head_dim // 2,
+        "block": _TOKENS,
+        "padded": 1 << (heads + kv_heads - 1).bit_length(),
+        "padded_kv": 1 << (kv_heads - 1).bit_length(),
+    }
+
+
+def _new_heads(qkv: Tensor, heads: int, kv_heads: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, _ = qkv.shape
+    k, v = (qkv.new_empty((batch, length, kv_heads, size)) for _ in range(2))
+    return qkv.new_empty((batch, length, heads, size)), k, v
+
+
+@torch.library.custom_op("albor::turn_heads", mutates_args=())  # type: ignore[untyped-decorator]
+def _turn(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    kv_heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads, size = _heads_of(qkv, q_weight, kv_heads), q_weight.shape[0]
+    batch, length, _ = qkv.shape
+    if qkv.is_cuda:
+        qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
+        q, k, v = _new_heads(qkv, heads, kv_heads, size)
+        grid = (-(-batch * length // _TOKENS),)
+        _turn_forward[grid](
+            qkv, q_weight, k_weight, cos, sin, q, k, v, batch * length, length, eps,
+            **_sizes(heads, kv_heads, size),
+        )  # fmt: skip
+        return q, k, v
+    parts = qkv.view(batch, length, -1, size).float().split((heads, kv_heads, kv_heads), dim=2)
+    found = []
+    for part, weight in zip(parts, (q_weight, k_weight), strict=False):
+        part = part * torch.rsqrt(part.square().mean(-1, keepdim=True) + eps) * weight.float()
+        place = (cos.view(1, length, 1, -1).float(), sin.view(1, length, 1, -1).float())
+        found.append(rotate(part, *place).to(qkv.dtype).contiguous())
+    return found[0], found[1], parts[2].to(qkv.dtype, copy=True).contiguous()
+
+
+@_turn.register_fake  # type: ignore[untyped-decorator]
+def _(
+    qkv: Tensor,
+    q_weight: Tensor,
+    _k_weight: Tensor,
+    _cos: Tensor,
+    _sin: Tensor,
+    kv_heads: int,
+    _eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _new_heads(qkv, _heads_of(qkv, q_weight, kv_heads), kv_heads, q_weight.shape[0])
+
+
+@torch.library.custom_op("albor::turn_heads_backward", mutates_args=())  # type: ignore[untyped-decorator]
+def _turn_gradients(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    for_q: Tensor,
+    for_k: Tensor,
+    for_v: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    batch, length, heads, size = for_q.shape
+    kv_heads = for_k.shape[2]
+    if qkv.is_cuda:
+        qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
+        for_q, for_k, for_v = for_q.contiguous(), for_k.contiguous(), for_v.contiguous()
+        out = torch.empty_like(qkv)
+        blocks = -(-batch * length // _TOKENS)
+        programs = min(_MOST_PROGRAMS, blocks)
+        sums = torch.empty((programs, 2, size), dtype=torch.float32, device=qkv.device)
+        _turn_backward[(programs,)](
+            qkv, q_weight, k_weight, cos, sin, for_q, for_k, for_v, out, sums,
+            batch * length, length, eps, -(-blocks // programs), **_sizes(heads, kv_heads, size),
+        )  # fmt: skip
+        return out, sums.sum(0)
+    parts = qkv.view(batch, length, -1, size).float().split((heads, kv_heads, kv_heads), dim=2)
+    place = (cos.view(1, length, 1, -1).float(), -sin.view(1, length, 1, -1).float())
+    found, sums = [], torch.empty((2, size), dtype=torch.float32)
+    for number, (gradient, weight) in enumerate(((for_q, q_weight), (for_k, k_weight))):
+        scale = torch.rsqrt(parts[number].square().mean(-1, keepdim=True) + eps)
+        plain = parts[number] * scale
+        back = rotate(gradient.float(), *place)
+        sums[number] = (back * plain).sum((0, 1, 2))
+        back = back * weight.float()
+        found.append(scale * (back - plain * (back * plain).mean(-1, keepdim=True)))
+    return torch.cat((*found, for_v.float()), dim=2).view(qkv.shape).to(qkv.dtype), sums
+
+
+@_turn_gradients.register_fake  # type: ignore[untyped-decorator]
+def _(
+    qkv: Tensor,
+    q_weight: Tensor,
+    *_rest: Any,
+) -> tuple[Tensor, Tensor]:
+    sums = qkv.new_empty((2, q_weight.shape[0]), dtype=torch.float32)
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format), sums
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
+    *tensors, _kv_heads, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, for_q: Tensor, for_k: Tensor, for_v: Tensor) -> tuple[Tensor | None, ...]:
+    qkv, q_weight, k_weight, cos, sin = ctx.saved_tensors
+    for_qkv, sums = torch.ops.albor.turn_heads_backward(
+        qkv, q_weight, k_weight, cos, sin, for_q, for_k, for_v, ctx.eps
+    )
+    for_weights = sums.to(q_weight.dtype)
+    return for_qkv, for_weights[0], for_weights[1], None, None, None, None
+
+
+_turn.register_autograd(_gradients, setup_context=_keep)
+
+
+def turn_heads(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rotations: tuple[Tensor, Tensor],
+    kv_heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalised and turned queries and keys, and values; with gradients but for the rotations.
+
+    Computed in float32 and rounded once.
+
+    Args:
+        qkv: [B, T, R]: heads of queries, of keys, of values.
+        q_weight, k_weight: [D], of the norms.
+        rotations: cos and sin of T x D / 2, the same for every row; with more axes of size 1.
+        kv_heads: K.
+        eps: of the norms.
+
+    Returns:
+        q [B, T, H, D], k and v [B, T, K, D], of qkv's dtype.
+    """
+    cos, sin = rotations
+    out: tuple[Tensor, Tensor, Tensor] = torch.ops.albor.turn_heads(
+        qkv, q_weight, k_weight, cos, sin, kv_heads, eps
+    )
+    return out
