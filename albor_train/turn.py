@@ -24,8 +24,8 @@ except ImportError:  # a CPU build of torch; the operators then compute with tor
 
 __all__ = ["turn_heads"]
 
-_TOKENS: Final = 2
-"""Tokens that a program has at one time."""
+_TILE: Final = 2048
+"""Numbers that a program has at one time: so many fit into its registers twice over."""
 _MOST_PROGRAMS: Final = 2048
 
 if triton is not None:
@@ -172,12 +172,13 @@ def _heads_of(qkv: Tensor, q_weight: Tensor, kv_heads: int) -> int:
 
 
 def _sizes(heads: int, kv_heads: int, head_dim: int) -> dict[str, int]:
+    padded = 1 << (heads + kv_heads - 1).bit_length()
     return {
         "heads": heads,
         "kv_heads": kv_heads,
         "half": head_dim // 2,
-        "block": _TOKENS,
-        "padded": 1 << (heads + kv_heads - 1).bit_length(),
+        "block": max(1, _TILE // (padded * head_dim)),
+        "padded": padded,
         "padded_kv": 1 << (kv_heads - 1).bit_length(),
     }
 
@@ -203,10 +204,10 @@ def _turn(
     if qkv.is_cuda:
         qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
         q, k, v = _new_heads(qkv, heads, kv_heads, size)
-        grid = (-(-batch * length // _TOKENS),)
-        _turn_forward[grid](
+        sizes = _sizes(heads, kv_heads, size)
+        _turn_forward[(-(-batch * length // sizes["block"]),)](
             qkv, q_weight, k_weight, cos, sin, q, k, v, batch * length, length, eps,
-            **_sizes(heads, kv_heads, size),
+            **sizes,
         )  # fmt: skip
         return q, k, v
     parts = qkv.view(batch, length, -1, size).float().split((heads, kv_heads, kv_heads), dim=2)
@@ -249,12 +250,13 @@ def _turn_gradients(
         qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
         for_q, for_k, for_v = for_q.contiguous(), for_k.contiguous(), for_v.contiguous()
         out = torch.empty_like(qkv)
-        blocks = -(-batch * length // _TOKENS)
+        sizes = _sizes(heads, kv_heads, size)
+        blocks = -(-batch * length // sizes["block"])
         programs = min(_MOST_PROGRAMS, blocks)
         sums = torch.empty((programs, 2, size), dtype=torch.float32, device=qkv.device)
         _turn_backward[(programs,)](
             qkv, q_weight, k_weight, cos, sin, for_q, for_k, for_v, out, sums,
-            batch * length, length, eps, -(-blocks // programs), **_sizes(heads, kv_heads, size),
+            batch * length, length, eps, -(-blocks // programs), **sizes,
         )  # fmt: skip
         return out, sums.sum(0)
     parts = qkv.view(batch, length, -1, size).float().split((heads, kv_heads, kv_heads), dim=2)
