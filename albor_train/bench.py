@@ -35,7 +35,7 @@ from albor_train.errors import TrainingError
 from albor_train.loss import IGNORED
 from albor_train.optim import orthogonalize
 from albor_train.pack import Pack
-from albor_train.spec import Spec, TrainSpec, check_spec
+from albor_train.spec import ModelSpec, Spec, TrainSpec, check_spec
 from albor_train.train import Trainer, flops_per_token, initial_weights, peak_flops
 from albor_train.world import World
 
@@ -49,9 +49,11 @@ OPTIONS: Final = {
     "mode": "torch.compile's mode, such as max-autotune-no-cudagraphs, or off",
     "muon": "compiled: the orthogonalization through torch.compile",
     "fused": "on: one product for query, key and value, one for gate and up; or off",
-    "swiglu": "own: by an operator that the compiler does not compute twice; or torch",
+    "kernels": "own: SwiGLU and heads by operators that the compiler can't look into; or torch",
     "sdpa": "library of causal attention: any, cudnn or flash",
     "head_dim": "size of a head; their number changes so that the width stays",
+    "layers": "number of layers",
+    "width": "hidden size; heads and feed-forward grow with it",
     "batch": "tokens of one step",
     "deterministic": "on: only algorithms that give the same bits each time",
 }
@@ -206,9 +208,10 @@ class Kernel:
 
 
 _KINDS: Final = (
-    ("attention", ("flash", "fmha", "sdpa", "flex_attention", "attention")),
+    ("attention", ("flash", "fmha", "sdpa", "flex_attention", "attention", "cudnn::fusion")),
     ("matrix products", ("nvjet", "gemm", "cutlass", "gemv", "splitk")),
     ("SwiGLU", ("silu", "sigmoid", "swiglu")),
+    ("heads", ("_turn_",)),
     ("other fused", ("triton",)),
     ("copies", ("memcpy", "memset")),
     ("lists of tensors", ("multi_tensor_apply",)),
@@ -262,11 +265,15 @@ def _variant_of(spec: Spec, variant: str, batch_tokens: int | None) -> Spec:
     changes |= {key: options[key] for key in ("attention", "optimizer", "sdpa") if key in options}
     if "fused" in options:
         changes["fused_projections"] = options["fused"] == "on"
-    if "swiglu" in options:
-        changes["own_kernels"] = options["swiglu"] == "own"
+    if "kernels" in options:
+        changes["own_kernels"] = options["kernels"] == "own"
     if options.get("mode") == "off":
         changes["compile"] = False
     model = spec.model
+    if "layers" in options:
+        model = dataclasses.replace(model, num_layers=int(options["layers"]))
+    if "width" in options:
+        model = _widened(model, int(options["width"]))
     if "head_dim" in options:
         size = int(options["head_dim"])
         heads, spare = divmod(model.num_heads * model.head_dim, size)
@@ -282,6 +289,25 @@ def _variant_of(spec: Spec, variant: str, batch_tokens: int | None) -> Spec:
     )
     check_spec(changed)
     return changed
+
+
+def _widened(model: ModelSpec, width: int) -> ModelSpec:
+    """The same shape with another hidden size; query heads share key heads as evenly as before."""
+    heads, spare = divmod(width * model.num_heads * model.head_dim, model.hidden_size)
+    heads, rest = divmod(heads, model.head_dim)
+    shared = model.num_heads // model.num_kv_heads
+    kv_heads = next(k for k in range(max(1, heads // shared), heads + 1) if heads % k == 0)
+    if spare or rest:
+        raise TrainingError(
+            f"width is {width}: heads of {model.head_dim} don't fit into it, give a multiple"
+        )
+    return dataclasses.replace(
+        model,
+        hidden_size=width,
+        intermediate_size=width * model.intermediate_size // model.hidden_size,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+    )
 
 
 def _parse(variant: str) -> tuple[str, dict[str, str]]:

@@ -21,7 +21,7 @@ VARIANTS = [
     "ours",
     "ours:attention=causal,chunk=64,rows=4",
     "ours:optimizer=adamw,mode=off",
-    "ours:fused=on,head_dim=32,batch=2048,swiglu=own",
+    "ours:fused=on,head_dim=32,batch=2048,kernels=own,width=128,layers=1",
 ]
 
 
@@ -50,8 +50,9 @@ def test_what_fails_or_comes_late_is_a_row(tmp_path: Path) -> None:
     assert "needs a CUDA device" in rows[0].problem
     assert not rows[1].problem
     assert "needs a CUDA device" in table(rows)
-    (odd,) = bench(spec, ["ours:head_dim=48"], device=CPU, steps=1)
+    odd, narrow = bench(spec, ["ours:head_dim=48", "ours:width=72"], device=CPU, steps=1)
     assert "can't be cut" in odd.problem
+    assert "give a multiple" in narrow.problem
     (late,) = bench(spec, ["ours"], device=CPU, max_seconds=-1)
     assert late.problem.startswith("not begun")
 
