@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from albor_train.optim import orthogonalize
 from albor_train.runs import read_log
 from albor_train.spec import load_spec
 from albor_train.world import World, proportional_shares
-from tests.train.fixtures_train import write_tiny_spec
+from tests.train.fixtures_train import tiny_spec_dict, write_tiny_spec
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,12 +84,14 @@ def run_training(folder: Path, tokens: Artefact, out: Path, processes: int) -> N
 
 def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
     """Real processes over gloo; the trainer itself refuses to save if their weights differ."""
-    spec = load_spec(write_tiny_spec(tmp_path))
+    raw = copy.deepcopy(tiny_spec_dict())
+    raw["train"].update(steps=8, warmup_steps=1, checkpoint_every=8)  # type: ignore[attr-defined]
+    spec = load_spec(write_tiny_spec(tmp_path, raw))
     _, tokens = prepare(spec, tmp_path / "work")
     for processes in (1, 2):
         run_training(tmp_path, tokens, tmp_path / f"run{processes}", processes)
     one, two = (
-        load_file(tmp_path / f"run{n}/checkpoints/step-000020/model.safetensors") for n in (1, 2)
+        load_file(tmp_path / f"run{n}/checkpoints/step-000008/model.safetensors") for n in (1, 2)
     )
     for name, tensor in one.items():
         assert float((tensor - two[name]).abs().max()) < 1e-4, name
