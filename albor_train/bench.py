@@ -211,7 +211,7 @@ _KINDS: Final = (
     ("attention", ("flash", "fmha", "sdpa", "flex_attention", "attention", "cudnn::fusion")),
     ("matrix products", ("nvjet", "gemm", "cutlass", "gemv", "splitk")),
     ("SwiGLU", ("silu", "sigmoid", "swiglu")),
-    ("heads", ("_turn_",)),
+    ("heads", ("turn_forward", "turn_backward")),
     ("other fused", ("triton",)),
     ("copies", ("memcpy", "memset")),
     ("lists of tensors", ("multi_tensor_apply",)),

@@ -15,46 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a CPU build of torch; the operators then compute with torch
-    triton = tl = None
-
 __all__ = ["swiglu"]
 
 _BLOCK: Final = 1024
-
-if triton is not None:
-
-    @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-    def _swiglu_forward(gate_up, out, width, block: tl.constexpr):  # type: ignore[no-untyped-def]
-        row = tl.program_id(0).to(tl.int64)
-        columns = tl.program_id(1) * block + tl.arange(0, block)
-        inside = columns < width
-        at = gate_up + row * 2 * width + columns
-        gate = tl.load(at, inside).to(tl.float32)
-        up = tl.load(at + width, inside).to(tl.float32)
-        # Rounded where torch rounds: the activation is a tensor of its own there.
-        act = (gate * tl.sigmoid(gate)).to(out.dtype.element_ty).to(tl.float32)
-        tl.store(out + row * width + columns, (act * up).to(out.dtype.element_ty), inside)
-
-    @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-    def _swiglu_backward_rows(  # type: ignore[no-untyped-def]
-        gate_up, gradient, out, width, block: tl.constexpr
-    ):
-        row = tl.program_id(0).to(tl.int64)
-        columns = tl.program_id(1) * block + tl.arange(0, block)
-        inside = columns < width
-        at = row * 2 * width + columns
-        gate = tl.load(gate_up + at, inside).to(tl.float32)
-        up = tl.load(gate_up + at + width, inside).to(tl.float32)
-        wanted = tl.load(gradient + row * width + columns, inside).to(tl.float32)
-        share = tl.sigmoid(gate)
-        act = gate * share
-        for_gate = wanted * up * (share + act * (1 - share))
-        tl.store(out + at, for_gate.to(out.dtype.element_ty), inside)
-        tl.store(out + at + width, (wanted * act).to(out.dtype.element_ty), inside)
 
 
 @torch.library.custom_op("albor::swiglu", mutates_args=())  # type: ignore[untyped-decorator]
@@ -63,10 +26,12 @@ def _swiglu(gate_up: Tensor) -> Tensor:
     if not gate_up.is_cuda:
         gate, up = gate_up.chunk(2, dim=-1)
         return functional.silu(gate) * up
+    from albor_train import kernels
+
     gate_up = gate_up.contiguous()
     out = gate_up.new_empty((*gate_up.shape[:-1], width))
     grid = (out.numel() // width, -(-width // _BLOCK))
-    _swiglu_forward[grid](gate_up, out, width, _BLOCK)
+    kernels.swiglu_forward[grid](gate_up, out, width, _BLOCK)
     return out
 
 
@@ -84,10 +49,12 @@ def _swiglu_backward(gate_up: Tensor, gradient: Tensor) -> Tensor:
         act = gate * share
         for_gate = wanted * up * (share + act * (1 - share))
         return torch.cat((for_gate, wanted * act), dim=-1).to(gate_up.dtype)
+    from albor_train import kernels
+
     gate_up, gradient = gate_up.contiguous(), gradient.contiguous()
     out = torch.empty_like(gate_up)
     grid = (gradient.numel() // width, -(-width // _BLOCK))
-    _swiglu_backward_rows[grid](gate_up, gradient, out, width, _BLOCK)
+    kernels.swiglu_backward[grid](gate_up, gradient, out, width, _BLOCK)
     return out
 
 

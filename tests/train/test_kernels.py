@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from tests.scripts import run_script
 
-# 1,500 columns end within a block of SwiGLU. Eight heads fill their block and 11 don't; three
+# 1,100 columns end within a block of SwiGLU. Eight heads fill their block and 11 don't; three
 # tokens end within one too, and ten are shared unevenly by three programs.
 KERNELS = """
 import torch
-from albor_train import swiglu, turn
+from albor_train import kernels, swiglu, turn
 
 torch.manual_seed(0)
 for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
-    for width in (64, 1500):
+    for width in (64, 1100):
         gate_up = torch.randn(3, 2, 2 * width, dtype=dtype)
         gradient = torch.randn(3, 2, width, dtype=dtype)
         out, for_inputs = torch.empty_like(gradient), torch.empty_like(gate_up)
         grid = (6, -(-width // swiglu._BLOCK))
-        swiglu._swiglu_forward[grid](gate_up, out, width, swiglu._BLOCK)
-        swiglu._swiglu_backward_rows[grid](gate_up, gradient, for_inputs, width, swiglu._BLOCK)
+        kernels.swiglu_forward[grid](gate_up, out, width, swiglu._BLOCK)
+        kernels.swiglu_backward[grid](gate_up, gradient, for_inputs, width, swiglu._BLOCK)
         torch.testing.assert_close(out, swiglu.swiglu(gate_up), rtol=limit, atol=limit)
         expected = torch.ops.albor.swiglu_backward(gate_up, gradient)
         torch.testing.assert_close(for_inputs, expected, rtol=limit, atol=limit)
@@ -36,13 +36,13 @@ for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
         tokens = batch * length
         sizes["block"] = 2
         blocks = -(-tokens // sizes["block"])
-        turn._turn_forward[(blocks,)](*inputs, *found, tokens, length, 1e-6, **sizes)
+        kernels.turn_forward[(blocks,)](*inputs, *found, tokens, length, 1e-6, **sizes)
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=limit, atol=limit)
         gradients = [torch.randn_like(part) for part in expected]
         wanted, wanted_sums = torch.ops.albor.turn_heads_backward(*inputs, *gradients, 1e-6)
         out, sums = torch.empty_like(qkv), torch.empty(3, 2, size)
-        turn._turn_backward[(3,)](
+        kernels.turn_backward[(3,)](
             *inputs, *gradients, out, sums, tokens, length, 1e-6, -(-blocks // 3), **sizes
         )
         torch.testing.assert_close(out, wanted, rtol=limit, atol=limit)
