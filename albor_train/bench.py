@@ -52,6 +52,7 @@ OPTIONS: Final = {
     "kernels": "own: SwiGLU and heads by operators that the compiler can't look into; or torch",
     "sdpa": "library of causal attention: any, cudnn or flash",
     "head_dim": "size of a head; their number changes so that the width stays",
+    "fp8": "on: the blocks' forward products in eight bits (MFU still of the bfloat16 peak)",
     "layers": "number of layers",
     "width": "hidden size; heads and feed-forward grow with it",
     "batch": "tokens of one step",
@@ -265,6 +266,8 @@ def _variant_of(spec: Spec, variant: str, batch_tokens: int | None) -> Spec:
     changes |= {key: options[key] for key in ("attention", "optimizer", "sdpa") if key in options}
     if "fused" in options:
         changes["fused_projections"] = options["fused"] == "on"
+    if "fp8" in options:
+        changes["fp8"] = options["fp8"] == "on"
     if "kernels" in options:
         changes["own_kernels"] = options["kernels"] == "own"
     if options.get("mode") == "off":

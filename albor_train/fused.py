@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from albor_serve.config import ModelConfig
 from albor_serve.model import Attend, Decoder, KVCache, RMSNorm, rotate
+from albor_train.fp8 import fp8_linear
 from albor_train.swiglu import swiglu
 from albor_train.turn import turn_heads
 
@@ -110,19 +111,43 @@ class _FusedFeedForward(nn.Module):  # type: ignore[misc]
         return self.down_proj(functional.silu(gate) * up)
 
 
+class _Fp8Linear(nn.Linear):  # type: ignore[misc]
+    """A linear layer whose forward product is in eight bits."""
+
+    @classmethod
+    def like(cls, layer: nn.Linear) -> _Fp8Linear:
+        """One of the same shape and the same parameters."""
+        made = cls(layer.in_features, layer.out_features, bias=False, device="meta")
+        made.weight, made.bias = layer.weight, layer.bias
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] to [..., M]."""
+        out = fp8_linear(x, self.weight)
+        return out if self.bias is None else out + self.bias
+
+
 class FusedDecoder(Decoder):
     """The decoder for training, without a cache.
 
     Args:
         own_kernels: SwiGLU by `albor_train.swiglu` and heads by `albor_train.turn` instead of
             what torch.compile makes of them.
+        fp8: the blocks' forward products in eight bits, see `albor_train.fp8`.
     """
 
-    def __init__(self, config: ModelConfig, *, own_kernels: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, *, own_kernels: bool = False, fp8: bool = False
+    ) -> None:
         super().__init__(config)
         for layer in self.model.layers:
             layer.self_attn = _FusedAttention(config, own_kernels=own_kernels)
             layer.mlp = _FusedFeedForward(config, own_kernels=own_kernels)
+            if fp8:
+                for part in (layer.self_attn, layer.mlp):
+                    for name, product in part.named_children():
+                        if isinstance(product, nn.Linear):
+                            setattr(part, name, _Fp8Linear.like(product))
 
 
 def by_original_name(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:

@@ -523,7 +523,7 @@ def validation_loss(
 def _make_model(config: ModelConfig, train: TrainSpec, device: torch.device) -> Decoder:
     with torch.device("meta"):
         model = (
-            FusedDecoder(config, own_kernels=train.own_kernels)
+            FusedDecoder(config, own_kernels=train.own_kernels, fp8=train.fp8)
             if train.fused_projections
             else Decoder(config)
         )
