@@ -20,7 +20,7 @@ TRITON_TWIN = core._mma_twin
 
 
 @jit()
-def twin_kernel(w0_ptr, w1_ptr, s_ptr, x_ptr, out_ptr, W: tl.constexpr):  # type: ignore[no-untyped-def]
+def twin_kernel(w0_ptr, w1_ptr, s_ptr, x_ptr, out_ptr, W: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     """Add `TRITON_TWIN` of one tile for each warp to out [128 W]."""
     e = tl.arange(0, W * 128)
     xs = (
