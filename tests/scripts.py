@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-INTERPRETED: Final[Mapping[str, str]] = {"TRITON_INTERPRET": "1"}
+INTERPRETED: Final[Mapping[str, str]] = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 
 
 def run_script(

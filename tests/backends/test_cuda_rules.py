@@ -31,15 +31,6 @@ GREEDY = SamplingParams(temperature=0.0)
 Make = Callable[..., CudaBackend]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads that wait for each other take longer than these small products."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> list[TorchDecoder]:
     """The decoders that backends made from now on have, one for each slot."""
