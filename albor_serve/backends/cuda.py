@@ -646,7 +646,7 @@ def _plans(weights: DecodeWeights, device: torch.device) -> dict[tuple[int, bool
     for rows in ROWS:
         plan = plan_for(weights, num_tokens=rows, pdl=pdl)
         plans[rows, False] = plan
-        plans[rows, True] = plan_for(weights, num_tokens=rows, pdl=pdl, num_parts=32)
+        plans[rows, True] = plan_for(weights, num_tokens=rows, pdl=pdl, num_parts=16)
     return plans
 
 

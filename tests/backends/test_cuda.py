@@ -27,106 +27,21 @@ from albor_serve.kernels.synthetic import RandomModel  # noqa: E402
 from albor_serve.loader import EMBEDDED_MODEL, open_backend  # noqa: E402
 from tests.scripts import run_script  # noqa: E402
 
-RULES = """
-import sys
-import numpy as np
-from albor_serve.backends.base import Aborted, ExtendStep
-from albor_serve.backends.cuda import CudaBackend
-from albor_serve.backends.torch_ref import TorchReferenceBackend
-from albor_serve.config import ModelConfig
-from albor_serve.errors import BackendError
-from albor_serve.kernels.synthetic import RandomModel
-
-device = sys.argv[1]
-config = ModelConfig("qwen3", 64, 128, 128, 1, 2, 1, 64, 64, qk_norm=True, tie_embeddings=True)
-model = RandomModel(config)
-ours = CudaBackend(config, model.q4_rows, model.read, 2, 40, device=device)
-plain = TorchReferenceBackend(config, model.read, 2, 40)
-rng = np.random.default_rng(0)
-
-def both(slot, count, rows="all"):
-    step = ExtendStep(slot, [int(t) for t in rng.integers(0, 64, count)], rows)
-    got, want = ours.extend([step])[0].copy(), plain.extend([step])[0]
-    assert got.shape == want.shape
-    assert not got.size or np.abs(got - want).max() < 0.02, (count, np.abs(got - want).max())
-
-ours._check()
-both(0, 12)         # a prompt whose rows are all wanted, through torch
-both(0, 1)          # a token, through the kernels
-both(0, 3)          # drafts, padded to four
-both(1, 2, "last")  # another slot
-if device == "cpu":
-    ours._most_by_kernels = 11
-for backend in (ours, plain):
-    backend.rewind(1, 0)
-both(1, 21, "last") # a prompt, in a piece of the prefill's
-both(1, 13, "none")
-for backend in (ours, plain):
-    backend.rewind(1, 0)
-both(1, 11)         # what was typed, eight tokens and three through the kernels
-both(1, 9, "last")
-for backend in (ours, plain):
-    backend.rewind(1, 2)
-both(0, 1, "none")
-for backend in (ours, plain):
-    backend.rewind(0, 5)
-both(0, 2)
-for backend in (ours, plain):
-    backend.fork(0, 1, 4)
-both(1, 1)
-both(0, 1)
-ours.abort.set()
-try:
-    ours.extend([ExtendStep(0, [1])])
-    raise SystemExit("an abort was ignored")
-except Aborted:
-    ours.abort.clear()
-both(0, 1)
-# Tokens decoded on the device are the reference's best ones, or as good as.
-from albor_serve.config import DevicePlan, SamplingParams
-plan = DevicePlan(SamplingParams(temperature=0.0), 4)
-for limit in (4, 2):  # the second time the host has enough after two
-    got = []
-    before, token = ours.length(0), 7
-    def on_token(new):
-        got.append(new)
-        return len(got) < limit
-    assert ours.decode(0, token, plan, on_token) == got and len(got) == limit
-    assert ours.length(0) == before + limit
-    for new in got:
-        row = plain.extend([ExtendStep(0, [token])])[0][0]
-        assert row[new] > row.max() - 0.04, (new, row.argmax())
-        token = new
-    both(0, 1)
-both(0, 40 - ours.length(0) - 1)
-both(0, 1)          # the last position
-try:
-    ours.extend([ExtendStep(0, [1])])
-    raise SystemExit("a full slot took a token")
-except BackendError:
-    pass
-ours.close()
-ours.close()
-try:
-    ours.length(0)
-    raise SystemExit("a closed backend answered")
-except BackendError:
-    pass
-"""
+RULES = "from tests.backends.cuda_rules import check; check({device!r})"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_backend_keeps_the_rules_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    run_script(RULES, "cpu", timeout_s=880)
+    run_script(RULES.format(device="cpu"), timeout_s=880)
 
 
 @pytest.mark.gpu
 def test_the_backend_keeps_the_rules_on_a_gpu() -> None:
     if not cuda.has_gpu():
         pytest.skip("no CUDA GPU")
-    run_script(RULES, "cuda", environment={}, timeout_s=880)
+    run_script(RULES.format(device="cuda"), environment={}, timeout_s=880)
 
 
 @pytest.fixture

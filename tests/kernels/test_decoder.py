@@ -38,7 +38,6 @@ for rows in (1, 3):  # one token, then three verified at once
 """
 
 
-@pytest.mark.slow
 def test_logits_of_one_and_of_three_tokens_are_those_of_the_reference() -> None:
     run_script(_SCRIPT)
 
