@@ -29,12 +29,17 @@ def check(device: str) -> None:
         assert got.shape == want.shape
         assert not got.size or np.abs(got - want).max() < 0.02, (count, np.abs(got - want).max())
 
-    both(0, 12)  # a prompt, through torch
+    ours._check()
+    both(0, 12)  # a prompt whose rows are all wanted, through torch
     both(0, 1)  # a token, through the kernels
     both(0, 3)  # drafts, padded to four
     both(1, 2, "last")  # another slot
     if device == "cpu":
         ours._most_by_kernels = 11
+    for backend in (ours, plain):
+        backend.rewind(1, 0)
+    both(1, 21, "last")  # a prompt, in a piece of the prefill's
+    both(1, 13, "none")
     for backend in (ours, plain):
         backend.rewind(1, 0)
     both(1, 11)  # what was typed, eight tokens and three through the kernels

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from albor_serve.config import ModelConfig
 from albor_serve.model import Decoder
-from albor_train.attention import attention_for, document_ids, prepare_mask
+from albor_train.attention import attention_for, document_ids, prepare_mask, sdpa_by
 from albor_train.errors import TrainingError
 from albor_train.spec import AttentionKind
 
@@ -36,6 +36,17 @@ def test_a_document_sees_only_itself(kind: AttentionKind) -> None:
         alone = [model.hidden(part) for part in (first, second)]
     # Rotary positions are relative, so the second document's start does not matter.
     torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_library_for_causal_attention_is_chosen_by_name() -> None:
+    q = torch.randn(1, 2, 8, 16)
+    plain = functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+    for backend in ("any", "flash"):
+        with sdpa_by(backend, CPU):
+            out = functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+        torch.testing.assert_close(out, plain)
+    with pytest.raises(TrainingError, match="needs a CUDA device"):
+        sdpa_by("cudnn", CPU)
 
 
 def test_varlen_on_a_cpu_is_an_error() -> None:
