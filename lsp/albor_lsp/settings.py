@@ -103,7 +103,9 @@ class Settings:
         True, "Ask at each change, without waiting for the editor's own question."
     )
     look_ahead: bool = _setting(
-        True, "While a suggestion is shown, compute the one that follows its acceptance."
+        True,
+        "While a suggestion is shown, compute the one that follows its acceptance, and those where "
+        "the person may turn off it.",
     )
     type_through: bool = _setting(
         True, "Keep a suggestion, or join one that is being computed, while typing agrees with it."

@@ -31,7 +31,8 @@ export ALBOR_NVIM ALBOR_NVIM_OLD PATH
 
 run() {
     "$python" -m pytest --no-cov -m e2e tests/e2e/test_nvim_plugin.py tests/e2e/test_neovim.py \
-        tests/e2e/test_helix.py tests/e2e/test_playground.py "$@"
+        tests/e2e/test_nvim_plugins.py tests/e2e/test_helix.py tests/e2e/test_emacs.py \
+        tests/e2e/test_playground.py "$@"
 }
 status=0
 run "$@" || status=$?
