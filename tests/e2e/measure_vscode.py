@@ -134,15 +134,12 @@ def activations(
 
 
 @contextmanager
-def llama_server(program: str, *more: str) -> Iterator[int]:
-    """llama-server with the embedded model and the options that its editors' plugins advise.
-
-    `more` are further options.
-    """
+def llama_server(program: str) -> Iterator[int]:
+    """llama-server with the embedded model and the options that its editors' plugins advise."""
     port = free_port()
     model = next((ROOT / "models").glob("*.gguf"))
     options = ["-ub", "1024", "-b", "1024", "--ctx-size", "0", "--cache-reuse", "256"]
-    command = [program, "-m", str(model), "--port", str(port), *options, *more]
+    command = [program, "-m", str(model), "--port", str(port), *options]
     environment = os.environ | {"LD_LIBRARY_PATH": str(Path(program).parent)}
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
