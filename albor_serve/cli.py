@@ -85,6 +85,8 @@ def _serve(arguments: list[str]) -> int:
     _set_up_logging(options.log_level, options.log_format, log_prompts=options.log_prompts)
     if options.threads is not None and options.threads < 1:
         raise ConfigError(f"--threads is {options.threads}: it must be at least 1")
+    if options.fallback != "none" and options.backend != "cuda":
+        raise ConfigError(f"--fallback {options.fallback} needs --backend cuda")
 
     for origin in options.cors_origin:
         if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+/?", origin.lower()):
@@ -158,6 +160,7 @@ def _start(
         num_threads=options.threads,
         speculate=not options.no_speculation,
         backend=options.backend,
+        fallback=options.fallback,
     )
     adapters = tuple(parse_adapter(text) for text in options.lora)
     budget = None if options.max_memory is None else parse_bytes(options.max_memory)
@@ -328,6 +331,14 @@ def _serve_parser() -> argparse.ArgumentParser:
         help="who computes: cpu is albor's own kernels (Q4_0 and Q8_0 of Llama, Qwen2 and Qwen3), "
         "cuda its GPU kernels (Q4_0, needs albor[gpu]), llamacpp runs everything else "
         "(auto: cpu where it is fast, else llamacpp)",
+    )
+    parser.add_argument(
+        "--fallback",
+        choices=("none", "cpu"),
+        default="none",
+        help="with --backend cuda: cpu goes on with the CPU where the GPU can't be used or fails, "
+        "running requests included; none ends the start with the reason, and answers 503 later "
+        "(%(default)s)",
     )
     parser.add_argument(
         "--alias",

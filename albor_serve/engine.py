@@ -31,10 +31,13 @@ from albor_serve.backends.base import (
     LogitRows,
     LogitsFor,
 )
+from albor_serve.backends.fallback import Fallback
 from albor_serve.config import MAX_DEVICE_STOPS, DevicePlan, EngineConfig
 from albor_serve.errors import (
     AlborError,
     BackendError,
+    DeviceError,
+    DeviceLostError,
     EngineClosedError,
     PromptTooLongError,
     QueueFullError,
@@ -111,6 +114,10 @@ class EngineStats:
     """By name: queue, first_token, inter_token, total, cancel (seconds), new_prompt_tokens."""
     failure: str | None
     """Why the backend can't be used any more; None while it can."""
+    error: BackendError | None = None
+    """The failure itself."""
+    degraded: str | None = None
+    """Why another backend computes than the one that was asked for; None if it is that one."""
 
 
 class Ticket:
@@ -206,12 +213,16 @@ class Engine:
         config: EngineConfig,
         calibrate: Callable[[Backend], RowCosts] | None = None,
         *,
+        fallback: Fallback | None = None,
+        degraded: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """The engine closes `backend` when it is closed itself.
 
         `calibrate` measures the backend on the engine's thread before the first request; without
-        it nothing is drafted and prefill chunks are not fitted to time.
+        it nothing is drafted and prefill chunks are not fitted to time. With a `fallback` it goes
+        on with that when the backend's device fails; requests that run are computed again from
+        their prompts on. `degraded` says why `backend` is not the one that was asked for.
         """
         info = backend.info
         self._backend = backend
@@ -222,6 +233,9 @@ class Engine:
         self._max_seq_len = min(config.max_seq_len, info.max_seq_len)
         self._slots = SlotTable(min(config.num_slots, info.num_slots), self._max_seq_len, clock)
         self._calibrate = calibrate
+        self._fallback = fallback
+        self._retired: Backend | None = None
+        self._release_shared = fallback.release if fallback is not None else lambda: None
         self._prefill_ms_per_token = 0.0
         self._draft_policy: DraftPolicy | None = None
         self._token_index: TokenIndex | None = None
@@ -237,6 +251,7 @@ class Engine:
         self._running: list[_Sequence] = []
         self._in_flight: tuple[_Sequence, ...] = ()
         self._failure: BackendError | None = None
+        self._degraded = degraded
         self._totals = Timings()
         self._num_requests = self._num_finished = self._num_cancelled = self._num_failed = 0
         self._num_steps = 0
@@ -348,6 +363,8 @@ class Engine:
                     "new_prompt_tokens": self._metrics.new_prompt_tokens.view(),
                 },
                 failure=None if self._failure is None else str(self._failure),
+                error=self._failure,
+                degraded=self._degraded,
             )
 
     def close(self, *, drain_s: float = 0.0) -> None:
@@ -356,7 +373,7 @@ class Engine:
         with self._lock:
             if self._state == "new":
                 self._state = "closed"
-                self._backend.close()
+                self._close_backend()
                 return
             if self._state == "running":
                 self._state = "closing"
@@ -440,7 +457,10 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            self._measure()
+            try:
+                self._measure()
+            except DeviceError as error:
+                self._on_backend_error([], error)
             self._is_measured.set()
             while self._take_in():
                 self._drop_ended()
@@ -453,7 +473,11 @@ class Engine:
             with self._lock:
                 self._state = "closed"
             self._is_measured.set()
-            self._backend.close()
+            self._close_backend()
+
+    def _close_backend(self) -> None:
+        self._backend.close()
+        self._release_shared()
 
     def _measure(self) -> None:
         """Learn what steps cost here.
@@ -528,6 +552,8 @@ class Engine:
                 # A cache that can't be cut (sliding window, recurrent) may hold less.
                 reuse_len = min(reuse_len, self._backend.length(slot.index))
             except BackendError as error:
+                if self._fall_back(error):
+                    return  # it goes on waiting
                 sequence.slot = slot  # what it holds is unknown now: empty it
                 self._on_backend_error([sequence], error)
                 continue
@@ -974,8 +1000,14 @@ class Engine:
             sequence.is_cancelled = True
 
     def _on_backend_error(self, sequences: Sequence[_Sequence], error: BackendError) -> None:
-        """Fail these requests and empty their slots; if even that fails, stop taking requests."""
+        """Fall back or fail these requests and empty their slots; if even that fails, or the
+        device is lost, stop taking requests."""
+        if self._fall_back(error):
+            return
         logger.error("%s", error)
+        if isinstance(error, DeviceLostError):
+            self._give_up(error)
+            return
         slots = [sequence.slot for sequence in sequences if sequence.slot is not None]
         try:
             for slot in slots:
@@ -985,6 +1017,42 @@ class Engine:
             return
         for sequence in sequences:
             self._fail(sequence, error)
+
+    def _fall_back(self, error: BackendError) -> bool:
+        """Go on with another backend, if there is one and it was the device that failed.
+
+        Every cache is empty then, so that what runs is read again, prompts and answers so far.
+        """
+        fallback, self._fallback = self._fallback, None
+        if fallback is None or not isinstance(error, DeviceError):
+            self._fallback = fallback
+            return False
+        try:
+            backend = fallback.open()
+        except AlborError as second:
+            logger.error("%s can't take over: %s", fallback.name, second)
+            return False
+        logger.warning("%s computes from now on, because %s", fallback.name, error)
+        # A lost device's memory must not be freed: somebody has to hold it.
+        self._retired = self._backend
+        self._retired.close()
+        with self._lock:
+            self._backend = backend
+            self._degraded = str(error)
+            for slot in self._slots.slots:
+                slot.cached_len = 0
+        self._device = backend if isinstance(backend, DeviceDecoder) else None
+        for sequence in self._running:
+            sequence.prompt_infos.clear()
+            sequence.timings.num_cached_tokens = 0
+            sequence.may_adopt = True
+        self._prefill_ms_per_token = 0.0
+        self._draft_policy = None
+        try:
+            self._measure()
+        except BackendError as second:
+            logger.error("%s", second)
+        return True
 
     def _give_up(self, error: BackendError) -> None:
         """Fail everything, now and from now on."""

@@ -13,7 +13,10 @@
     │   ├── QueueTimeoutError        it waited longer than allowed (HTTP 503)
     │   └── EngineClosedError        the engine is shutting down (HTTP 503)
     └── BackendError             the device or the native library failed (HTTP 500)
-        └── ModelLoadError           a model could not be loaded on demand (HTTP 503)
+        ├── ModelLoadError           a model could not be loaded on demand (HTTP 503)
+        └── DeviceError              a GPU failed at something (HTTP 503)
+            ├── DeviceMemoryError        its memory is full; it goes on working
+            └── DeviceLostError          this process can't use it any more
 
 A message gives the value, the rule and the remedy, and fits on one line: the command line
 prints it as it is and the server sends it to clients. It never repeats prompt text.
@@ -27,6 +30,9 @@ __all__ = [
     "CheckpointError",
     "CheckpointFormatError",
     "ConfigError",
+    "DeviceError",
+    "DeviceLostError",
+    "DeviceMemoryError",
     "EngineClosedError",
     "EngineError",
     "ModelLoadError",
@@ -119,3 +125,15 @@ class BackendError(AlborError):
 
 class ModelLoadError(BackendError):
     """A model could not be loaded on demand. Other models are not affected."""
+
+
+class DeviceError(BackendError):
+    """A GPU failed at something that another backend could do."""
+
+
+class DeviceMemoryError(DeviceError):
+    """The GPU's memory is full. What was computed before is still there."""
+
+
+class DeviceLostError(DeviceError):
+    """This process can't use the GPU any more: CUDA keeps a fault until the process ends."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ from typing import Literal
 from albor_serve.backends.base import Backend
 from albor_serve.backends.calibrate import calibrate
 from albor_serve.backends.cpu import CpuBackend, unsupported
+from albor_serve.backends.fallback import Fallback
 from albor_serve.backends.llamacpp import LlamaCppBackend, LlamaCppVocabulary
 from albor_serve.backends.llamacpp_tokenizer import LlamaCppTokenizer, choose_tokenizer
 from albor_serve.checkpoint import GgufCheckpoint
@@ -22,6 +24,7 @@ from albor_serve.checkpoint.preflight import check_for_native, is_wholly_checked
 from albor_serve.config import EngineConfig, ModelConfig
 from albor_serve.engine import Engine
 from albor_serve.errors import (
+    AlborError,
     CheckpointError,
     CheckpointFormatError,
     ConfigError,
@@ -35,6 +38,7 @@ from albor_serve.tokenizer import Tokenizer
 __all__ = [
     "EMBEDDED_MODEL",
     "BackendChoice",
+    "FallbackChoice",
     "LoadOptions",
     "LoadedModel",
     "OpenBackend",
@@ -43,6 +47,8 @@ __all__ = [
     "needed_bytes",
     "open_backend",
 ]
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED_MODEL = "albor-33m-q4_0.gguf"
 MAX_DEFAULT_SEQ_LEN = 4096
@@ -56,6 +62,8 @@ Progress = Callable[[str, float], None]
 BackendChoice = Literal["auto", "cpu", "cuda", "llamacpp"]
 """Who computes: albor's own CPU kernels, its GPU kernels, llama.cpp. auto is cpu where that is
 fast, else llamacpp; the GPU is for who asks."""
+FallbackChoice = Literal["none", "cpu"]
+"""Who computes where the GPU fails, at the start or later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +77,7 @@ class LoadOptions:
     """None takes the machine's physical cores and follows its load."""
     speculate: bool = True
     backend: BackendChoice = "auto"
+    fallback: FallbackChoice = "none"
     adapters: tuple[LoraAdapter, ...] = ()
     """LoRA adapters; models with some run on llama.cpp, which computes them beside the weights."""
 
@@ -82,6 +91,10 @@ class OpenBackend:
     """It lives as long as the backend is open."""
     kind: str
     """Architecture, size and format, for people."""
+    fallback: Fallback | None = None
+    """What to go on with when the device fails. The tokenizer then lives until its `release`."""
+    degraded: str | None = None
+    """Why this is not the backend that was asked for; None if it is."""
 
 
 def open_backend(
@@ -90,11 +103,14 @@ def open_backend(
     max_seq_len: int,
     *,
     choice: BackendChoice = "auto",
+    fallback: FallbackChoice = "none",
     num_threads: int | None = None,
     progress: Callable[[float], None] | None = None,
     adapters: Sequence[LoraAdapter] = (),
 ) -> OpenBackend:
     """Load a GGUF file into the backend that runs it fastest here.
+
+    With `fallback` "cpu" a `choice` of "cuda" that can't be had is not an error: the CPU computes.
 
     Raises:
         ConfigError: `choice` is "cpu" or "cuda" and albor's kernels can't run this model here, or
@@ -107,7 +123,22 @@ def open_backend(
             raise ConfigError(f"albor's own kernels take no --lora: leave out --backend {choice}")
         choice = "llamacpp"
     if choice == "cuda":
-        return _open_cuda(checkpoint, num_slots, max_seq_len, progress)
+        if fallback == "none":
+            return _open_cuda(checkpoint, num_slots, max_seq_len, progress)
+
+        def open_cpu(progress: Callable[[float], None] | None = None) -> OpenBackend:
+            return open_backend(
+                checkpoint, num_slots, max_seq_len, num_threads=num_threads, progress=progress
+            )
+
+        try:
+            return _open_cuda(
+                checkpoint, num_slots, max_seq_len, progress, lambda: open_cpu().backend
+            )
+        except AlborError as error:
+            opened = open_cpu(progress)
+            logger.warning("the CPU computes, because %s", error)
+            return replace(opened, degraded=str(error))
     # The kernels for AVX2 and AVX-VNNI do not beat llama.cpp yet: they are for who asks.
     if choice == "cpu" or (choice == "auto" and best_instruction_set() == "avx512"):
         reason = unsupported(checkpoint)
@@ -141,12 +172,13 @@ def _open_cuda(
     num_slots: int,
     max_seq_len: int,
     progress: Callable[[float], None] | None,
+    open_fallback: Callable[[], Backend] | None = None,
 ) -> OpenBackend:
     """The GPU kernels, with the vocabulary as llama.cpp reads it."""
     try:
         # torch takes seconds to import, so only here.
         from albor_serve.backends import cuda
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: torch without one of its libraries
         raise ConfigError(
             "--backend cuda needs torch and Triton: pip install 'albor[gpu]'"
         ) from error
@@ -157,16 +189,21 @@ def _open_cuda(
             "--backend cuda"
         )
     vocabulary = LlamaCppVocabulary(checkpoint.path)
+    fallback = None
+    on_close: Callable[[], None] | None = vocabulary.close
+    if open_fallback is not None:
+        # The tokenizer outlives this backend.
+        fallback, on_close = Fallback("the CPU", open_fallback, vocabulary.close), None
     try:
         backend = cuda.CudaBackend.from_gguf(
-            checkpoint, num_slots, max_seq_len, progress, on_close=vocabulary.close
+            checkpoint, num_slots, max_seq_len, progress, on_close=on_close
         )
     except BaseException:
         vocabulary.close()
         raise
     config = checkpoint.config
     kind = f"{config.architecture} Q4_0, {config.num_parameters / 1e6:.0f}M parameters"
-    return OpenBackend(backend, vocabulary.tokenizer, kind)
+    return OpenBackend(backend, vocabulary.tokenizer, kind, fallback)
 
 
 def _config_for(adapters: Sequence[LoraAdapter], checkpoint: GgufCheckpoint) -> ModelConfig | None:
@@ -239,8 +276,11 @@ def load_model(
         config.num_slots,
         config.max_seq_len,
         choice=options.backend,
+        fallback=options.fallback,
         num_threads=options.num_threads,
-        progress=lambda part: report("loading", part),
+        progress=lambda part: report(
+            "compiling GPU kernels" if options.backend == "cuda" else "loading", part
+        ),
         adapters=options.adapters,
     )
     try:
@@ -257,10 +297,17 @@ def load_model(
             _metadata_text(header, "albor.fim.layout"),
         )
         engine = Engine(
-            opened.backend, tokenizer, config, lambda b: calibrate(b, budget_ms=CALIBRATION_MS)
+            opened.backend,
+            tokenizer,
+            config,
+            lambda b: calibrate(b, budget_ms=CALIBRATION_MS),
+            fallback=opened.fallback,
+            degraded=opened.degraded,
         )
     except BaseException:
         opened.backend.close()
+        if opened.fallback is not None:
+            opened.fallback.release()
         raise
     if source is None:
         name = full_name or name

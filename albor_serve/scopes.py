@@ -185,6 +185,8 @@ class _Lexer:
         if not char.isspace():
             self.last_code = char
         is_literal = self._tail[-2:-1] == "'" and "'" not in self._style.quotes
+        # But `'a')` and `'\n')`: that quote ended a literal.
+        is_literal = is_literal and self._tail[-4:-3] not in ("'", "\\")
         if char in _OPENERS and not is_literal:
             self.open.append(_Open(_OPENERS[char], self.indent, self.line, self._num_opened))
             self._num_opened += 1

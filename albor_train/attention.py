@@ -5,19 +5,20 @@ The kinds compute the same; which is fastest depends on the device.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention import flex_attention
+from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 
 from albor_serve.model import Attend
 from albor_train.errors import TrainingError
-from albor_train.spec import AttentionKind
+from albor_train.spec import AttentionKind, SdpaBackend
 
-__all__ = ["attention_for", "document_ids", "prepare_mask"]
+__all__ = ["attention_for", "document_ids", "prepare_mask", "sdpa_by"]
 
 
 def document_ids(tokens: Tensor, end_id: int, pad_id: int) -> Tensor:
@@ -98,6 +99,25 @@ def attention_for(kind: AttentionKind, mask: Any) -> Attend | None:
         return out
 
     return attend
+
+
+def sdpa_by(
+    backend: SdpaBackend, device: torch.device
+) -> contextlib.AbstractContextManager[object]:
+    """While this context is open, a library computes `scaled_dot_product_attention`.
+
+    A function is compiled for the library of its first call.
+
+    Raises:
+        TrainingError: the device lacks it.
+    """
+    if backend == "any":
+        return contextlib.nullcontext()
+    if backend == "cudnn" and device.type != "cuda":
+        raise TrainingError("train.sdpa cudnn needs a CUDA device: take any on a CPU")
+    kinds = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+    context: contextlib.AbstractContextManager[object] = sdpa_kernel(kinds[backend])
+    return context
 
 
 def _varlen(bounds: Tensor) -> Attend:

@@ -17,6 +17,7 @@ import gc
 import hashlib
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from albor_train.errors import TrainingError
 from albor_train.loss import IGNORED
 from albor_train.optim import orthogonalize
 from albor_train.pack import Pack
-from albor_train.spec import Spec, TrainSpec, check_spec
+from albor_train.spec import ModelSpec, Spec, TrainSpec, check_spec
 from albor_train.train import Trainer, flops_per_token, initial_weights, peak_flops
 from albor_train.world import World
 
@@ -48,7 +49,12 @@ OPTIONS: Final = {
     "mode": "torch.compile's mode, such as max-autotune-no-cudagraphs, or off",
     "muon": "compiled: the orthogonalization through torch.compile",
     "fused": "on: one product for query, key and value, one for gate and up; or off",
+    "kernels": "own: SwiGLU and heads by operators that the compiler can't look into; or torch",
+    "sdpa": "library of causal attention: any, cudnn or flash",
     "head_dim": "size of a head; their number changes so that the width stays",
+    "fp8": "on: the blocks' forward products in eight bits (MFU still of the bfloat16 peak)",
+    "layers": "number of layers",
+    "width": "hidden size; heads and feed-forward grow with it",
     "batch": "tokens of one step",
     "deterministic": "on: only algorithms that give the same bits each time",
 }
@@ -73,6 +79,8 @@ DEFAULT_VARIANTS: Final = (
 )
 
 _MEAN_DOCUMENT: Final = 1100
+_STEPS: Final = 4
+"""Steps whose rows there are; then they come again."""
 _END, _PAD = 0, 4
 
 
@@ -155,7 +163,9 @@ def bench(
 
 
 def profile(spec: Spec, variant: str, *, device: torch.device, batch_tokens: int | None) -> str:
-    """Where the time of one step of a variant goes: the kernels by their total time.
+    """Where the time of one step of a variant goes.
+
+    On a GPU: kinds of kernels and the time without any, then the kernels by their total time.
 
     Raises:
         TrainingError: the variant is unknown.
@@ -164,16 +174,78 @@ def profile(spec: Spec, variant: str, *, device: torch.device, batch_tokens: int
     from torch.profiler import profile as torch_profile
 
     step, *_ = _make(_variant_of(spec, variant, batch_tokens), variant, device)
+    times = []
     for number in range(3):
+        _wait(device)
+        began = time.perf_counter()
         step(number)
+        _wait(device)
+        times.append(1e3 * (time.perf_counter() - began))
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     with torch_profile(activities=activities) as recorded:
         step(3)
         _wait(device)
-    order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    return str(recorded.key_averages().table(sort_by=order, row_limit=30))
+    if device.type != "cuda":
+        return str(recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=30))
+    kernels = [
+        Kernel(event.name, event.time_range.start, event.time_range.end)
+        for event in recorded.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    return f"{variant}: steps of {', '.join(f'{ms:.0f}' for ms in times)} ms before\n" + (
+        kernel_table(kernels)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One launch of a kernel, times in microseconds."""
+
+    name: str
+    start: float
+    end: float
+
+
+_KINDS: Final = (
+    ("attention", ("flash", "fmha", "sdpa", "flex_attention", "attention", "cudnn::fusion")),
+    ("matrix products", ("nvjet", "gemm", "cutlass", "gemv", "splitk")),
+    ("SwiGLU", ("silu", "sigmoid", "swiglu")),
+    ("heads", ("turn_forward", "turn_backward")),
+    ("other fused", ("triton",)),
+    ("copies", ("memcpy", "memset")),
+    ("lists of tensors", ("multi_tensor_apply",)),
+)
+"""Kinds of kernels, by a part of the name in lower case; the first that fits counts."""
+
+
+def kernel_table(kernels: Sequence[Kernel], limit: int = 40) -> str:
+    """Kernels of a step: first by kind, and the time in which none ran, then one by one."""
+    if not kernels:
+        return "no kernels\n"
+    begin, end = min(k.start for k in kernels), max(k.end for k in kernels)
+    reached, idle = begin, 0.0
+    kinds: dict[str, float] = defaultdict(float)
+    names: dict[str, list[float]] = defaultdict(list)
+    for kernel in sorted(kernels, key=lambda k: k.start):
+        idle += max(0.0, kernel.start - reached)
+        reached = max(reached, kernel.end)
+        lower = kernel.name.lower()
+        kind = next((name for name, parts in _KINDS if any(p in lower for p in parts)), "other")
+        kinds[kind] += kernel.end - kernel.start
+        names[kernel.name].append(kernel.end - kernel.start)
+    kinds["nothing runs"] = idle
+    span = end - begin
+    lines = [f"{span / 1e3:.1f} ms from the first kernel to the last"]
+    for kind, total in sorted(kinds.items(), key=lambda item: -item[1]):
+        lines.append(f"{total / 1e3:9.2f} ms {total / span:6.1%}  {kind}")
+    lines.append("       ms  share  calls  kernel")
+    by_time = sorted(names.items(), key=lambda item: -sum(item[1]))
+    for name, times in by_time[:limit]:
+        total = sum(times)
+        lines.append(f"{total / 1e3:9.2f} {total / span:6.1%} {len(times):6d}  {name[:110]}")
+    return "\n".join(lines) + "\n"
 
 
 def _failed(variant: str, problem: str) -> BenchRow:
@@ -191,12 +263,20 @@ def _variant_of(spec: Spec, variant: str, batch_tokens: int | None) -> Spec:
     changes: dict[str, Any] = {} if batch_tokens is None else {"batch_tokens": batch_tokens}
     numbers = {"rows": "micro_batch_rows", "chunk": "loss_chunk_tokens", "batch": "batch_tokens"}
     changes |= {field: int(options[key]) for key, field in numbers.items() if key in options}
-    changes |= {key: options[key] for key in ("attention", "optimizer") if key in options}
+    changes |= {key: options[key] for key in ("attention", "optimizer", "sdpa") if key in options}
     if "fused" in options:
         changes["fused_projections"] = options["fused"] == "on"
+    if "fp8" in options:
+        changes["fp8"] = options["fp8"] == "on"
+    if "kernels" in options:
+        changes["own_kernels"] = options["kernels"] == "own"
     if options.get("mode") == "off":
         changes["compile"] = False
     model = spec.model
+    if "layers" in options:
+        model = dataclasses.replace(model, num_layers=int(options["layers"]))
+    if "width" in options:
+        model = _widened(model, int(options["width"]))
     if "head_dim" in options:
         size = int(options["head_dim"])
         heads, spare = divmod(model.num_heads * model.head_dim, size)
@@ -212,6 +292,25 @@ def _variant_of(spec: Spec, variant: str, batch_tokens: int | None) -> Spec:
     )
     check_spec(changed)
     return changed
+
+
+def _widened(model: ModelSpec, width: int) -> ModelSpec:
+    """The same shape with another hidden size; query heads share key heads as evenly as before."""
+    heads, spare = divmod(width * model.num_heads * model.head_dim, model.hidden_size)
+    heads, rest = divmod(heads, model.head_dim)
+    shared = model.num_heads // model.num_kv_heads
+    kv_heads = next(k for k in range(max(1, heads // shared), heads + 1) if heads % k == 0)
+    if spare or rest:
+        raise TrainingError(
+            f"width is {width}: heads of {model.head_dim} don't fit into it, give a multiple"
+        )
+    return dataclasses.replace(
+        model,
+        hidden_size=width,
+        intermediate_size=width * model.intermediate_size // model.hidden_size,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+    )
 
 
 def _parse(variant: str) -> tuple[str, dict[str, str]]:
@@ -271,8 +370,10 @@ def _random_pack(spec: Spec) -> Pack:
     """Rows for a few steps, in documents of random length."""
     rng = np.random.default_rng(spec.seed)
     length = spec.train.sequence_len
-    count = 2 * spec.train.batch_tokens // length
-    tokens = rng.integers(16, spec.tokenizer.vocab_size, (count, length), dtype=np.uint16)
+    count = _STEPS * spec.train.batch_tokens // length
+    # Low ids are more frequent, so that there is something to learn.
+    spread = rng.random((count, length), dtype=np.float32) ** 2
+    tokens = (16 + spread * (spec.tokenizer.vocab_size - 16)).astype(np.uint16)
     tokens[rng.random((count, length)) < 1 / min(_MEAN_DOCUMENT, length / 2)] = _END
     tokens[:, -1] = _END
     return Pack(Path(), "bench", tokens, _END, _PAD, tokens.size)
@@ -294,14 +395,13 @@ def _ours(spec: Spec, options: dict[str, str], stream: RowStream, device: torch.
         trainer.optimizer.orthogonalize = torch.compile(orthogonalize)
     update_ms: list[float] = []
     rows = spec.train.batch_tokens // spec.train.sequence_len
-    starts = [0, rows]
 
     def step(number: int) -> float:
-        record = trainer.advance(number % 2, on_update=lambda ms: update_ms.append(ms))
+        record = trainer.advance(number % _STEPS, on_update=lambda ms: update_ms.append(ms))
         return record.loss
 
     def flops(number: int) -> float:
-        attended = stream.batch(starts[number % 2], rows).num_attended
+        attended = stream.batch(number % _STEPS * rows, rows).num_attended
         if spec.train.attention == "causal":
             attended = rows * spec.train.sequence_len * (spec.train.sequence_len + 1) // 2
         return _decoder_flops(spec.model_config, spec.train, attended)
@@ -382,7 +482,7 @@ def _whole_model(spec: Spec, name: str, stream: RowStream, device: torch.device)
 def _micro_batches(
     stream: RowStream, number: int, rows: int, micro: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    start = (number % 2) * rows
+    start = number % _STEPS * rows
     for first in range(start, start + rows, micro):
         batch = stream.batch(first, micro).to(device)
         yield batch.tokens, batch.targets

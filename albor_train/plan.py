@@ -43,7 +43,7 @@ class MemoryEstimate:
 def estimate_memory(config: ModelConfig, train: TrainSpec) -> MemoryEstimate:
     """An upper estimate of a device's peak.
 
-    Activations are those of the uncompiled model, which keeps more than the compiled one.
+    Compiled, the float32 parts of norms and what is cheap to compute again are not kept.
     """
     size = 2 if train.dtype == "bfloat16" else 4
     count = config.num_parameters
@@ -67,6 +67,10 @@ def estimate_memory(config: ModelConfig, train: TrainSpec) -> MemoryEstimate:
         # Without a fused kernel for it, scores and probabilities exist in full.
         attention += config.num_heads * train.sequence_len * (2 * size + 4)
     feed_forward = size * (2 * d + 5 * f)
+    if train.compile and train.attention != "document_mask":
+        norms = 3 * size * d
+        attention = size * (2 * d + 4 * q + 8 * kv) + 4 * config.num_heads
+        feed_forward = size * (d + 4 * f)
     per_token = config.num_layers * (norms + attention + feed_forward) + d * (4 * size + 8)
     head = config.vocab_size * d
     chunk = min(rows, train.loss_chunk_tokens) * config.vocab_size

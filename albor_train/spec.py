@@ -39,6 +39,7 @@ __all__ = [
 Schedule = Literal["wsd", "cosine"]
 Optimizer = Literal["muon", "adamw"]
 AttentionKind = Literal["causal", "document_mask", "document_flex", "document_varlen"]
+SdpaBackend = Literal["any", "cudnn", "flash"]
 SpanKind = Literal["rest_of_line", "lines", "block", "random"]
 
 
@@ -201,6 +202,12 @@ class TrainSpec:
     attention: AttentionKind = "document_varlen"
     fused_projections: bool = False
     """One product for query, key and value and one for gate and up; checkpoints are the same."""
+    own_kernels: bool = False
+    """SwiGLU and heads by operators of ours; only with `fused_projections`."""
+    fp8: bool = False
+    """The blocks' forward products in eight bits, for speed; only with `fused_projections`."""
+    sdpa: SdpaBackend = "any"
+    """Library that computes `causal` attention; with "any" torch chooses."""
     loss_chunk_tokens: int = 8192
     """Rows of logits that exist at one time."""
     spike_factor: float = 2.0
@@ -447,6 +454,14 @@ def _check_train(spec: Spec) -> None:
         raise SpecError(
             f"train.decay_share is {train.decay_share}: the decay would begin at step "
             f"{decay_start}, before the warm-up ends at {train.warmup_steps}"
+        )
+    for name in ("own_kernels", "fp8"):
+        if getattr(train, name) and not train.fused_projections:
+            raise SpecError(f"train.{name} is true: it needs fused_projections, set that too")
+    if train.sdpa != "any" and train.attention != "causal":
+        raise SpecError(
+            f"train.sdpa is {train.sdpa}: it chooses who computes causal attention, but "
+            f"train.attention is {train.attention}"
         )
     if not 0 <= train.ema < 1:
         raise SpecError(f"train.ema is {train.ema}: it must be 0 to below 1")

@@ -22,7 +22,7 @@ from torch import Tensor
 from albor_serve.config import ModelConfig
 from albor_serve.model import Decoder
 from albor_train.artefact import write_json
-from albor_train.attention import attention_for, prepare_mask
+from albor_train.attention import attention_for, prepare_mask, sdpa_by
 from albor_train.batches import Batch, RowStream
 from albor_train.errors import DivergedError, TrainingError
 from albor_train.fused import FusedDecoder, by_original_name
@@ -180,14 +180,11 @@ class Trainer:
             self._restore(state)
         self._model = _make_model(self._config, self._train, world.device)
         # One tensor under all gradients, so that processes sum them without gathering them first.
-        self._flat_gradient = torch.zeros(
-            sum(t.numel() for t in self.weights.values()), device=world.device
-        )
-        parts = self._flat_gradient.split([t.numel() for t in self.weights.values()])
-        self._gradients = {
-            name: part.view_as(t)
-            for part, (name, t) in zip(parts, self.weights.items(), strict=True)
-        }
+        self._flat_gradient, self._gradients = self._flat_tensors()
+        # Gradients of a later micro-batch are widened first: adding lists of two dtypes is slow.
+        self._flat_addend, self._addends = self._flat_gradient, self._gradients
+        if self._train.dtype != "float32":
+            self._flat_addend, self._addends = self._flat_tensors()
         self._publish()
         positions = torch.arange(self._train.sequence_len, device=world.device)
         like = self._model.model.embed_tokens.weight
@@ -273,19 +270,34 @@ class Trainer:
         self._attended = attended
         total = torch.zeros((), dtype=torch.float32, device=self._world.device)
         parameters = dict(self._model.named_parameters())
-        # The first micro-batch overwrites the last step's sums: a pass less than clearing them.
-        add: Callable[[list[Tensor], list[Tensor]], object] = torch._foreach_copy_
-        for batch in batches:
+        for number, batch in enumerate(batches):
             loss = self._loss(batch.to(self._world.device)) / max(1, num_targets)
             loss.backward()
             total += loss.detach()
             new = by_original_name({n: p.grad for n, p in parameters.items()}, self._config)
-            add(list(self._gradients.values()), [new[name] for name in self._gradients])
-            add = torch._foreach_add_
+            self._add([new[name] for name in self._gradients], is_first=number == 0)
             for parameter in parameters.values():
                 parameter.grad = None
         self._world.sum_([self._flat_gradient, total])
         return float(total), num_targets
+
+    def _flat_tensors(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Zeros for all weights in one tensor, and views of it by the weights' names."""
+        sizes = [t.numel() for t in self.weights.values()]
+        flat = torch.zeros(sum(sizes), device=self._world.device)
+        views = zip(self.weights.items(), flat.split(sizes), strict=True)
+        return flat, {name: part.view_as(weight) for (name, weight), part in views}
+
+    def _add(self, new: list[Tensor], *, is_first: bool) -> None:
+        """Add a micro-batch's gradients to the step's; the first overwrites the last step's sums,
+        which is a pass less than clearing them."""
+        if is_first:
+            torch._foreach_copy_(list(self._gradients.values()), new)
+        elif self._flat_addend is self._flat_gradient:
+            torch._foreach_add_(list(self._gradients.values()), new)
+        else:
+            torch._foreach_copy_(list(self._addends.values()), new)
+            self._flat_gradient += self._flat_addend
 
     def _batches_of(self, step: int) -> list[Batch]:
         """This process's micro-batches of a step; the next step's are read meanwhile."""
@@ -320,7 +332,8 @@ class Trainer:
     def _loss(self, batch: Batch) -> Tensor:
         """Sum of the losses of a batch on the device."""
         mask = prepare_mask(self._train.attention, batch.documents, self._world.device)
-        hidden = self._hidden(batch.tokens, mask, self._rotations)
+        with sdpa_by(self._train.sdpa, self._world.device):
+            hidden = self._hidden(batch.tokens, mask, self._rotations)
         head = self._model.model.embed_tokens.weight
         if not self._config.tie_embeddings:
             head = self._model.lm_head.weight
@@ -336,8 +349,13 @@ class Trainer:
         """One step on the rows of step `rows_of_step`, without log, validation or checkpoint.
 
         For measurements: `on_update` gets the milliseconds from the last gradient to new weights.
+        The following step's rows are read meanwhile, as in a run.
         """
         self.step = rows_of_step
+        if self._reader is None:
+            self._reader = ThreadPoolExecutor(1)
+        rows_at_hand = len(self._stream) // self._rows_per_step
+        self._last_step = min(rows_of_step + 2, rows_at_hand)
         return self._one_step(None, on_update)
 
     def _one_step(
@@ -504,7 +522,11 @@ def validation_loss(
 
 def _make_model(config: ModelConfig, train: TrainSpec, device: torch.device) -> Decoder:
     with torch.device("meta"):
-        model = FusedDecoder(config) if train.fused_projections else Decoder(config)
+        model = (
+            FusedDecoder(config, own_kernels=train.own_kernels, fp8=train.fp8)
+            if train.fused_projections
+            else Decoder(config)
+        )
     model.to(_DTYPES[train.dtype])
     model.to_empty(device=device).requires_grad_()
     return model

@@ -302,3 +302,28 @@ def test_serves_a_folder_and_converts_it_once(
         assert answer.json()["model"] == "tiny"
         assert server.stop(signal.SIGTERM)[0] == 0
     assert len(list((tmp_path / "cache").rglob("*.gguf"))) == 1
+
+
+def test_a_gpu_that_is_not_there_ends_the_start_or_leaves_it_to_the_cpu(
+    gguf: Path, servers: list[Server], env: dict[str, str]
+) -> None:
+    env |= {"CUDA_VISIBLE_DEVICES": "", "TERM": "dumb"}
+    refused = run(gguf, "--backend", "cuda", "--port", "0", env=env)
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "--backend cuda" in refused.stderr
+    server = Server(gguf, "--backend", "cuda", "--fallback", "cpu", env=env)
+    servers.append(server)
+    assert "on cpu" in server.greeting[0]
+    assert httpx.post(f"{server.url}/v1/completions", json={"prompt": "a"}).status_code == 200
+    degraded = httpx.get(f"{server.url}/health").json()["degraded"]
+    code, errors = server.stop(signal.SIGTERM)
+    assert code == 0
+    assert errors.count("\n") == 1
+    assert degraded in errors
+
+
+def test_a_fallback_needs_a_gpu_to_fall_from(gguf: Path) -> None:
+    result = run(gguf, "--fallback", "cpu", "--port", "0")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "--fallback cpu needs --backend cuda" in result.stderr

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,3 +40,15 @@ def test_any_allowed_path_spells_the_forced_bytes(wanted: bytes, random) -> None
 def test_control_tokens_are_never_allowed() -> None:
     eos = TOKENIZER.special_id("<|endoftext|>")
     assert eos not in INDEX.compatible(b"a")
+
+
+def test_an_index_holds_every_token_that_has_bytes() -> None:
+    index = TokenIndex(TOKENIZER)
+    everything = index.compatible(b"re")
+    assert everything.dtype == np.int64
+    assert everything.tolist() == INDEX.compatible(b"re").tolist()
+    pieces = [TOKENIZER.token_bytes(token_id) for token_id in everything.tolist()]
+    assert b"r" in pieces
+    assert b"" not in pieces
+    # In the order of their bytes, the shorter first.
+    assert pieces == sorted(pieces)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -133,3 +134,36 @@ def test_longest_is_the_slot_with_the_longest_common_beginning_busy_or_free() ->
     slot, length = table.longest(arr(1, 2, 3, 4, 8))
     assert (slot.index, length) == (2, 4)
     assert table.longest(arr(8))[1] == 0
+
+
+@pytest.mark.parametrize(("own", "other", "is_copied"), [(40, 100, False), (40, 104, True)])
+def test_a_copy_must_save_enough_beyond_what_is_there(
+    own: int, other: int, is_copied: bool
+) -> None:
+    table, _ = make(2)
+    prompt = np.arange(200, dtype=np.int32)
+    fill(table.slots[0], prompt[:own])
+    table.acquire(table.slots[0], "a")
+    table.release(table.slots[0])
+    fill(table.slots[1], prompt[:other])
+    table.acquire(table.slots[1], "b")
+    choice = table.choose(prompt, "a", 199)
+    assert choice is not None
+    assert choice.slot.index == 0
+    assert choice.fork_from is (table.slots[1] if is_copied else None)
+    assert choice.reuse_len == (other if is_copied else own)
+
+
+def test_protection_ends_on_the_second() -> None:
+    now = [0.0]
+    table = SlotTable(2, 16, lambda: now[0])
+    for slot, session in zip(table.slots, "ab", strict=True):
+        fill(slot, arr(1, 2))
+        table.acquire(slot, session)
+        table.release(slot)
+    table.slots[1].last_used_s = 1.0
+    now[0] = SlotTable.PROTECT_S
+    fill(table.slots[0], arr(7))
+    choice = table.choose(arr(1, 2), None, 2)
+    assert choice is not None
+    assert choice.slot.index == 0  # free to take, although the other holds the prompt

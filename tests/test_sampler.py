@@ -166,7 +166,11 @@ def test_logits_that_are_not_numbers_raise(bad: float) -> None:
     logits = LOGITS.copy()
     logits[20] = bad
     for params in (SamplingParams(temperature=0.0), SamplingParams()):
-        with pytest.raises(BackendError, match="not finite"):
+        with pytest.raises(
+            BackendError,
+            match=r"^the model's logits are not finite numbers: the weights are damaged or the "
+            r"device computed wrongly; convert the checkpoint again or use another backend$",
+        ):
             Sampler(params, VOCAB).sample(logits)
 
 
@@ -242,8 +246,39 @@ def test_repetition_penalty_counts_what_was_accepted() -> None:
 
 
 def test_log_softmax_treats_rows_apart() -> None:
-    rows = np.stack([LOGITS, LOGITS[::-1] + 700])
+    rows = np.stack([LOGITS, LOGITS[::-1] + 2000])
     together = log_softmax(rows)
     for row, logprobs in zip(rows, together, strict=True):
         assert logprobs == pytest.approx(log_softmax(row))
         assert float(np.exp(logprobs).sum()) == pytest.approx(1.0)
+
+
+def test_only_differences_of_logits_count() -> None:
+    for shift in (-5000, 5000):
+        shifted = (LOGITS + shift).astype(np.float32)
+        near = (shifted - shift).astype(np.float32)
+        params = SamplingParams(temperature=1.5, seed=8)
+        assert draw(params, shifted, num=50) == draw(params, near, num=50)
+
+
+@pytest.mark.parametrize("rules", [{"top_p": 0.7}, {"min_p": 0.1}, {"top_k": 6, "top_p": 0.8}])
+def test_what_is_kept_keeps_its_proportions(rules: dict[str, float]) -> None:
+    params = SamplingParams(seed=6, **rules)  # type: ignore[arg-type]
+    got = frequencies(params)
+    kept = got > 0
+    want = np.where(kept, softmax(LOGITS), 0.0)
+    assert 1 < kept.sum() < VOCAB
+    assert np.abs(got - want / want.sum()).max() < 0.025
+
+
+def test_of_equally_likely_tokens_the_lowest_ids_are_kept() -> None:
+    tied = np.zeros(VOCAB, dtype=np.float32)
+    got = set(draw(SamplingParams(top_p=0.499, seed=1), tied, num=2000))
+    assert got == set(range(25))
+
+
+def test_a_repetition_penalty_of_two_counts_as_well() -> None:
+    logits = np.zeros(VOCAB, dtype=np.float32)
+    logits[3], logits[4] = 1.0, 0.6
+    params = SamplingParams(temperature=0.0, repetition_penalty=2.0)
+    assert Sampler(params, VOCAB, prompt=[3]).sample(logits).token_id == 4

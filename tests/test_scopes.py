@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from albor_serve.scopes import LexerMemo, ScopeGuard, StopScope, _Lexer, style_of
+from albor_serve.scopes import (
+    LOOK_STEP_CHARS,
+    MAX_LOOK_CHARS,
+    LexerMemo,
+    ScopeGuard,
+    StopScope,
+    _Lexer,
+    style_of,
+)
 
 
 def run(
@@ -129,7 +137,31 @@ SUFFIX = [
     ("a.ts", "const a = ", "b ? c : d;\n", ": d;\n", "b ? c ", "suffix"),
     ("a.sh", "if a; then\n  ", "b\nfi\nc", "\nfi\n", "b", "scope"),
 ]
+EDGES = [
+    # Where the cursor's line begins, and how deep it is.
+    ("block", "a.py", "import os\nx = 1\n", "\n\ny = 1\n\nz", "", "\n\ny = 1", "block"),
+    ("scope", "a.py", "def f():\n", "\n    a = 1\nb = 2", "", "\n    a = 1", "scope"),
+    ("scope", "a.py", "def f():\n  ", "  a = 1\n  b = 2", "", "  a = 1", "scope"),
+    ("line", "a.py", "    ", "\nx = 1\ny", "", "\nx = 1", "line"),
+    ("scope", "a.py", "if a", " and b:\n    c\nd = 1", "", " and b:\n    c\nd = 1", None),
+    ("scope", "a.c", "  ", "a();\n b();\n", "", "a();", "scope"),
+    ("scope", "a.c", "  ", "a();\n#if X\n  b();\nc", "", "a();\n#if X\n  b();", "scope"),
+    # Brackets that nobody opened.
+    ("block", "a.py", "x = ", "1)\ny = 2\n\nz", "", "1)", "block"),
+    ("block", "a.py", "x = ", "1)) + (\ny", "", "1)) + (", "block"),
+    ("block", "a.py", "x = ", "1) + (\n2)\ny\n\nz", "", "1) + (\n2)", "block"),
+    # Brackets of one line are told apart, and so are kinds.
+    ("scope", "a.py", "f(1, (", "g(x), y))", "))\n", "g(x), y", "suffix"),
+    ("scope", "a.py", "f([", "1], 2", ")\n", "1], 2", None),
+    # After a character's literal, which nobody may take for the beginning of one.
+    ("block", "a.rs", "    ", "f('a');\n\n    g();", "", "f('a');", "block"),
+    # What follows the cursor.
+    ("block", "a.py", "", "x = 1  \ny", "= 1\nz", "x ", "suffix"),
+    ("scope", "a.rb", "", "b\nend\nc", "\nend\n", "b", "suffix"),
+    ("scope", "a.sh", "", "b\nfi\nc", "\nfi\n", "b\nfi\nc", None),
+]
 CASES = [
+    *EDGES,
     *(("line", *case) for case in LINE),
     *(("block", *case) for case in BLOCK),
     *(("scope", *case) for case in (*SCOPE, *SUFFIX)),
@@ -149,6 +181,175 @@ def test_cases(
     stopped_by: str | None,
 ) -> None:
     assert run(scope, before, answer, after, path) == (shown, stopped_by)
+
+
+def _read(code: str, path: str) -> _Lexer:
+    lexer = _Lexer(style_of(path, ""))
+    for char in code:
+        lexer.feed(char)
+    return lexer
+
+
+# (path, code, what would close its brackets)
+BRACKETS = [
+    ("a.py", "([{", ")]}"),
+    ("a.py", "([{]", ")"),
+    ("a.py", "([{)", ""),
+    ("a.py", "(]", ")"),
+    ("a.py", "# (\n[", "]"),
+    ("a.py", "x\n#(", ""),
+    ("a.py", "x #(", ""),
+    ("a.sh", "a#b(", ")"),
+    ("a.sh", "$#(", ")"),
+    ("a.sh", "\\#(", ")"),
+    ("a.c", "&//(", ")"),
+    ("a.js", "X//(", ""),
+    ("a.js", "a//(\n[", "]"),
+    ("a.js", "http://(", ")"),
+    ("a.js", "://(", ")"),
+    ("a.js", "/*(\n(*/[", "]"),
+    ("a.js", "/*\\*/(", ")"),
+    ("a.js", "/*a*/*(", ")"),
+    ("a.js", "// \\\n(", ")"),
+    ("a.py", "'('[", "]"),
+    ("a.py", "'('\n[", "]"),
+    ("a.py", "'(\n[", "]"),
+    ("a.py", '"\\"("[', "]"),
+    ("a.py", '"\\\\"[', "]"),
+    ("a.py", '"\\\n(', ")"),
+    ("a.py", '"\\"x"(', ")"),
+    ("a.py", '"a\'b"(', ")"),
+    ("a.py", '""(', ")"),
+    ("a.py", '"""(', ""),
+    ("a.py", '"""("(\n("""[', "]"),
+    ("a.py", "'''a''\n'(", ""),
+    ("a.py", '"ab""c"(', ")"),
+    ("a.py", "\"a\"'('", ""),
+    ("a.py", "x\n'('", ""),
+    ("a.js", "`a\n${b(", ""),
+    # Apostrophes and character literals.
+    ("a.md", "don't (", ")"),
+    ("a.py", "don't (", ")"),
+    ("a.py", "rb'('", ""),
+    ("a.py", "b'('", ""),
+    ("a.py", 'abc"("', ""),
+    ("a.py", "a b'('", ""),
+    ("a.rs", "a(", ")"),
+    ("a.rs", "'(' [", "]"),
+    ("a.rs", "x='(' [", "]"),
+    ("a.rs", "(')'", ")"),
+    ("a.rs", "&'a [", "]"),
+    ("a.rs", "'\"' (", ")"),
+    ("a.rs", "x('\"') (", ")"),
+    ("a.rs", "f('a')[", "]"),
+    ("a.rs", "f('\\n')[", "]"),
+    ("a.rs", "['(', '[']", ""),
+    ("a.rs", '"(" [', "]"),
+    ("a.rs", 'x"("', ""),
+]
+
+
+@pytest.mark.parametrize(("path", "code", "closers"), BRACKETS)
+def test_brackets_of_strings_and_comments_do_not_count(path: str, code: str, closers: str) -> None:
+    assert "".join(each.closer for each in _read(code, path).open) == closers
+
+
+@pytest.mark.parametrize(
+    ("path", "code", "is_in_text"),
+    [
+        ("a.py", "x", False),
+        ("a.py", "'''a", True),
+        ("a.py", "'a", False),
+        ("a.py", "# a", False),
+        ("a.py", "'''a'''", False),
+        ("a.js", "/* a", True),
+        ("a.js", "// a", False),
+        ("a.html", "<!-- a", True),
+    ],
+)
+def test_long_texts_go_on_in_the_next_line(path: str, code: str, is_in_text: bool) -> None:
+    lexer = _read(code, path)
+    assert lexer.is_in_text is is_in_text
+    lexer.feed("\n")
+    assert lexer.is_in_text is is_in_text
+
+
+@pytest.mark.parametrize(
+    ("line", "indent"),
+    [("", 0), ("  x  ", 2), ("\tx\t", 4), ("\t\tx", 8), (" \tx", 4), ("\t  x", 6), ("\r\f x", 1)],
+)
+def test_indentation_is_what_stands_before_the_text(line: str, indent: int) -> None:
+    for lines in ("", "y\n", "\n\n    y\n"):
+        lexer = _read(lines + line, "a.py")
+        assert (lexer.indent, lexer.line) == (indent, lines.count("\n"))
+        many = _Lexer(style_of("a.py", ""))
+        many.read(lines + line)
+        assert (many.indent, many.line) == (indent, lines.count("\n"))
+
+
+@pytest.mark.parametrize(
+    ("code", "last"),
+    [
+        ("", ""),
+        ("abc", "c"),
+        ("abc  ", "c"),
+        ("if a:  # why", ":"),
+        ("x = 'a'", "'"),
+        ("x = 'a", "'"),
+        ('x = """a', '"'),
+        ("a:\n", ""),
+        ("a\n  ", ""),
+    ],
+)
+def test_the_last_character_of_a_lines_code(code: str, last: str) -> None:
+    assert _Lexer(style_of("a.py", "")).last_code == ""
+    assert _read(code, "a.py").last_code == last
+    lexer = _Lexer(style_of("a.py", ""))
+    lexer.read(code)
+    assert lexer.last_code == last
+
+
+def test_brackets_know_their_place() -> None:
+    first, second, third = _read("x\n  f(\n\t[{", "a.py").open
+    assert (first.line, first.indent) == (1, 2)
+    assert (second.line, second.indent) == (third.line, third.indent) == (2, 4)
+    assert len({first, second, third}) == 3
+
+
+def test_far_code_is_not_read_and_what_is_begins_with_a_line() -> None:
+    filler = "".join(f"a_{at} = {at}\n" for at in range(5000))
+    for extra in range(0, 2048, 64):
+        before, memo = "f([\n" + filler + "#" * extra + "\nx = ", LexerMemo()
+        guard = ScopeGuard("block", before, "", "a.py", memo)
+        [(_, text, _)] = memo._known
+        assert before.endswith("\n" + text + "x = ")
+        read = len(text) + len("x = ")
+        assert MAX_LOOK_CHARS - 20 <= read <= MAX_LOOK_CHARS + LOOK_STEP_CHARS
+        assert guard.feed("1]\n") + guard.flush() == "1]"
+    near = "f([\n" + filler[:4000]
+    guard = ScopeGuard("block", near, "\n])", "a.py")
+    assert guard.feed("1]\n") == "1"
+    assert guard.stopped_by == "suffix"
+
+
+def test_the_near_code_tells_the_style() -> None:
+    before = "use a;\nfn f(x: &'a str) {\n    "
+    assert run("scope", before, "b\n}\n\nc", "\n}\n") == ("b", "suffix")
+
+
+def test_what_is_certain_is_shown_at_once() -> None:
+    assert ScopeGuard("block", "", "").feed("  ") == "  "
+    assert ScopeGuard("block", "f(", ")").feed("a ") == "a "
+    assert ScopeGuard("scope", "x = ", "").feed("1\ny") == "1\ny"
+    assert ScopeGuard("scope", "x = ", "= 1\n").feed("1\ny") == "1\ny"
+    assert ScopeGuard("block", "", "= 1").feed("y") == "y"
+    guard = ScopeGuard("block", "", "= 1")
+    assert guard.feed("x = 1 ") == "x "
+    assert guard.flush() == ""
+    assert guard.stopped_by == "suffix"
+    guard = ScopeGuard("block", "", "= 1")
+    assert guard.feed("x =") + guard.flush() == "x ="
+    assert guard.flush() == ""
 
 
 def test_none_never_stops() -> None:
@@ -236,6 +437,19 @@ def test_a_memo_changes_nothing(data: st.DataObject) -> None:
             shown = [guard.feed(answer) + guard.flush() for guard in guards]
             assert shown[0] == shown[1] == shown[2]
             assert guards[0].stopped_by == guards[1].stopped_by == guards[2].stopped_by
+
+
+def test_a_memo_keeps_whole_lines_and_few_lexers() -> None:
+    memo = LexerMemo()
+    style = style_of("a.py", "")
+    for end in ("", "x", "xy", "x"):
+        assert memo.lexer(style, "a = (\nb\n" + end).line == 2
+    assert [text for _, text, _ in memo._known] == ["a = (\nb\n"]
+    memo.lexer(style, "a = (\nb\nc\nd")
+    assert [text for _, text, _ in memo._known] == ["a = (\nb\n", "a = (\nb\nc\n"]
+    for at in range(40):
+        memo.lexer(style, f"{at}\n")
+    assert len(memo._known) == LexerMemo.MAX_LEXERS
 
 
 def test_a_memo_saves_reading() -> None:

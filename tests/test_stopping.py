@@ -50,7 +50,7 @@ def test_names_the_stop_string_it_found() -> None:
 
 
 def test_refuses_an_empty_stop_string() -> None:
-    with pytest.raises(RequestError, match="empty") as caught:
+    with pytest.raises(RequestError, match=r"^a stop string is empty: leave it out$") as caught:
         TextAssembler(("a", ""))
     assert caught.value.param == "stop"
 
@@ -110,6 +110,9 @@ LINES = st.lists(
         ("a\n   \n", "a\n   \n"),
         ("b", "b"),
         ("\nb", ""),
+        ("a\n   \nb", "a"),
+        ("a\n \fb", "a"),
+        ("a\nXXb", "a"),
     ],
 )
 def test_a_line_with_too_little_indentation_ends_the_answer(text: str, shown: str) -> None:
@@ -135,3 +138,18 @@ def test_an_indent_guard_streams_what_it_says_at_once(
         assert all(len(line) - len(line.lstrip()) >= min_indent for line in kept)
     else:
         assert shown == text
+
+
+@pytest.mark.parametrize(("min_indent", "shown"), [(0, "a\n b\nc"), (1, "a\n b"), (2, "a")])
+def test_as_much_indentation_as_asked_is_enough(min_indent: int, shown: str) -> None:
+    guard = IndentGuard(min_indent)
+    assert guard.feed("a\n b\nc") + guard.flush() == shown
+    assert guard.is_done == (min_indent > 0)
+
+
+def test_an_indent_guard_holds_back_line_ends_alone() -> None:
+    guard = IndentGuard(2)
+    assert guard.feed("ab\n") == "ab"
+    assert guard.feed("\r") == ""
+    assert guard.feed("\n  c\r") == "\n\r\n  c"
+    assert (guard.flush(), guard.flush()) == ("\r", "")

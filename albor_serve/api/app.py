@@ -108,6 +108,8 @@ class Health(BaseModel):
     """The default model."""
     loaded: list[str]
     """Models in memory; the others are loaded on demand."""
+    degraded: str | None = None
+    """Only while the CPU answers in place of a GPU (--fallback cpu): why."""
 
 
 class _App:
@@ -276,8 +278,8 @@ class _App:
         """
         views = self._models.views()
         for view in views:
-            if view.served is not None and view.stats is not None and view.stats.failure:
-                return error_response(BackendError(view.stats.failure), 503)
+            if view.served is not None and view.stats is not None and view.stats.error:
+                return error_response(view.stats.error, 503)
         loaded = [view.name for view in views if view.state == "loaded"]
         if not loaded and views[0].failure is not None:
             return error_response(BackendError(views[0].failure), 503)
@@ -289,7 +291,12 @@ class _App:
                 await asyncio.shield(self._proof)
             except AlborError as error:
                 return error_response(error, 503)
-        return json_response({"status": "ok", "model": self._models.default_name, "loaded": loaded})
+        body = {"status": "ok", "model": self._models.default_name, "loaded": loaded}
+        stats = [view.stats for view in views if view.served is not None]
+        degraded = [one.degraded for one in stats if one is not None and one.degraded]
+        if degraded:
+            body["degraded"] = degraded[0]
+        return json_response(body)
 
     async def home(self, request: Request) -> Response:
         """The playground for a browser; what this is, in two lines, for everyone else."""

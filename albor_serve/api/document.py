@@ -79,7 +79,7 @@ _STATUSES = {
     409: "A newer request of the same session took its place.",
     413: "The body is too large.",
     500: "The device or the native library failed.",
-    503: "Loading, shutting down or too busy: try again later.",
+    503: "Loading, shutting down, too busy, or the GPU failed: the code says which.",
 }
 
 

@@ -10,6 +10,9 @@ from starlette.responses import Response
 from albor_serve.errors import (
     AlborError,
     BackendError,
+    DeviceError,
+    DeviceLostError,
+    DeviceMemoryError,
     EngineClosedError,
     ModelLoadError,
     PromptTooLongError,
@@ -63,7 +66,7 @@ def status_of(error: AlborError) -> int:
             return 409
         case QueueFullError() | QueueTimeoutError() | EngineClosedError() | LoadingError():
             return 503
-        case ModelLoadError():
+        case ModelLoadError() | DeviceError():
             return 503
         case _:
             return 500
@@ -92,6 +95,12 @@ def error_body(error: AlborError) -> dict[str, Any]:
                 code = "loading"
             case ModelLoadError():
                 code = "model_load_failed"
+            case DeviceLostError():
+                code = "device_lost"
+            case DeviceMemoryError():
+                code = "device_out_of_memory"
+            case DeviceError():
+                code = "device_error"
             case BackendError():
                 code = "backend_error"
     kind = "invalid_request_error" if status < 500 else "server_error"

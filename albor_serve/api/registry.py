@@ -470,7 +470,7 @@ def _closing() -> EngineClosedError:
 
 def _at_rest(stats: EngineStats) -> EngineStats:
     """The counters of an engine that is gone."""
-    return replace(stats, num_running=0, num_waiting=0, slots=(), failure=None)
+    return replace(stats, num_running=0, num_waiting=0, slots=(), failure=None, error=None)
 
 
 def single_model(served: ServedModel) -> ModelRegistry:

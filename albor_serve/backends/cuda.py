@@ -2,13 +2,16 @@
 
 A few tokens at a time (decoding, drafts to verify, what was typed since the last prompt) go through
 graphs of the fused kernels, which read Q4_0 weights; more go through `albor_serve.model` in
-float16, where the matrix products of cuBLAS are at their best. Both write the same KV cache.
+float16, where the matrix products of cuBLAS are at their best, as graphs too (backends/prefill.py).
+Both write the same KV cache.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -24,11 +27,21 @@ from albor_serve.backends.checks import (
     check_slot,
     check_steps,
 )
+from albor_serve.backends.device_errors import device_error
 from albor_serve.backends.device_run import DeviceRun
+from albor_serve.backends.prefill import Prefill
 from albor_serve.config import DevicePlan, ModelConfig
-from albor_serve.errors import AlborError, BackendError, UnsupportedModelError
+from albor_serve.errors import (
+    AlborError,
+    BackendError,
+    DeviceError,
+    DeviceLostError,
+    DeviceMemoryError,
+)
 from albor_serve.kernels._triton import HAVE_TRITON, INTERPRET
+from albor_serve.kernels.build import KernelBuild, jobs_of
 from albor_serve.kernels.decoder import DecodePlan, GpuDecoder, plan_for
+from albor_serve.kernels.launch import Launch
 from albor_serve.kernels.sampling import DeviceSampler
 from albor_serve.kernels.weights import DecodeWeights, check_shape, pack_weights
 from albor_serve.model import Decoder, KVCache, load_decoder
@@ -38,12 +51,30 @@ if TYPE_CHECKING:
 
 __all__ = ["CudaBackend", "has_gpu", "unsupported"]
 
+logger = logging.getLogger(__name__)
+
 MAX_BATCH_LEN: Final = 2048
 ROWS: Final = (1, 2, 4, 8)
 """Numbers of tokens for which there are graphs; others are padded up to the next."""
 MOST_BY_KERNELS: Final = 256
-"""Up to so many tokens go through the kernels, eight at a time: on an H100 eight take 0.11 ms (33M)
-to 0.40 ms (350M), while a prompt through torch costs 7 ms for the launches of 8 layers alone."""
+"""Up to so many tokens may go through the kernels, eight at a time: on an H100 eight take 0.11 ms
+(33M) to 0.40 ms (350M), while a prompt through torch costs 7 ms for the launches of 8 layers alone.
+With graphs of torch's launches it is measured at the start."""
+Plan = tuple[int, bool]
+"""Rows, and whether the context is long."""
+URGENT: Final[tuple[Plan, ...]] = ((1, False), (8, False))
+"""Plans that are compiled before the first request; these do for all others' work."""
+LATER: Final[tuple[Plan, ...]] = (
+    (1, True),
+    (4, False),
+    (2, False),
+    (8, True),
+    (4, True),
+    (2, True),
+)
+"""Plans that are compiled while requests are answered already, in this order."""
+MOST_OFF: Final = 0.1
+"""How far logits of the kernels may be from torch's, in parts of the largest; usually 0.002."""
 LONG_CONTEXT: Final = 1024
 """From here on a key-value head's positions are shared by more programs."""
 CAPABILITY: Final = (8, 0)
@@ -62,10 +93,13 @@ def unsupported(checkpoint: GgufCheckpoint) -> str | None:
         return "Triton is not installed (pip install 'albor[gpu]')"
     if not torch.cuda.is_available():
         return "torch sees no CUDA GPU"
-    if torch.cuda.get_device_capability() < CAPABILITY:
-        return f"{torch.cuda.get_device_name()} is older than compute capability 8.0"
-    config = checkpoint.config
     try:
+        if torch.cuda.get_device_capability() < CAPABILITY:
+            return f"{torch.cuda.get_device_name()} is older than compute capability 8.0"
+    except RuntimeError as error:
+        return f"CUDA does not start ({' '.join(str(error).split())[:100]})"
+    try:
+        config = checkpoint.config
         check_shape(config)
         for layer in range(config.num_layers):
             for part in _MATRICES:
@@ -74,8 +108,6 @@ def unsupported(checkpoint: GgufCheckpoint) -> str | None:
                     return f"its matrices are {stored}, not Q4_0"
         if checkpoint.tensor_format("model.embed_tokens.weight") != "Q4_0":
             return "its embedding is not Q4_0"
-    except UnsupportedModelError as error:
-        return str(error)
     except AlborError as error:
         return str(error)
     return None
@@ -119,12 +151,13 @@ class CudaBackend:
             read: gives any tensor as float32.
             num_slots: sequences that are held at once, 1 to 64.
             max_seq_len: tokens that each slot can hold.
-            progress: called with 0.0 to 1.0 while kernels are made ready.
+            progress: called with 0.0 to 1.0 while kernels are compiled.
             device: "cuda", or "cpu" in Triton's interpreter.
             on_close: called once when the backend is closed, to free what belongs to it.
 
         Raises:
-            BackendError: no GPU, not enough of its memory, or a kernel does not compile.
+            BackendError: no GPU, or not enough of its memory. DeviceError: it fails, or does not
+            take a kernel.
             ConfigError: a number out of range. UnsupportedModelError: a shape that the kernels do
             not cover.
         """
@@ -134,38 +167,50 @@ class CudaBackend:
         if self._device.type == "cuda" and not has_gpu():
             raise BackendError("there is no CUDA GPU here, or no Triton: use --backend cpu")
         self._on_close = on_close
+        self._is_closed = False
         self._abort = threading.Event()
-        self._failure: str | None = None
+        self._failure: DeviceLostError | None = None
+        self._build: KernelBuild | None = None
         kv_bytes = 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim
-        free = torch.cuda.mem_get_info()[0] if self._device.type == "cuda" else None
         # Padded rows may write a few positions beyond the last token.
-        room = max_seq_len + ROWS[-1]
-        check_cache_memory(kv_bytes, num_slots, room, free)
+        room = (max_seq_len + ROWS[-1] + 7) // 8 * 8
         with self._guard():
+            name = torch.cuda.get_device_name() if self._device.type == "cuda" else "interpreter"
+            free = torch.cuda.mem_get_info()[0] if self._device.type == "cuda" else None
+            check_cache_memory(kv_bytes, num_slots, room, free)
             vectors = {name: read(name) for name in _norms(config)}
             weights = pack_weights(config, q4_rows, vectors, device=self._device, max_seq_len=room)
             self._model: Decoder | None = load_decoder(
                 config, read, dtype=torch.float16, device=self._device
             )
-            self._slots = [_Slot(config, weights, room) for _ in range(num_slots)]
+            self._info = BackendInfo(
+                name="cuda",
+                device=name,
+                vocab_size=config.vocab_size,
+                num_slots=num_slots,
+                max_seq_len=max_seq_len,
+                max_batch_len=max(MAX_BATCH_LEN, num_slots),
+                weight_bytes=weights.bytes_per_token,
+                kv_bytes_per_token=kv_bytes,
+            )
+            kv = (num_slots, config.num_layers, config.num_kv_heads, room, config.head_dim)
+            keys = torch.zeros(kv, dtype=torch.float16, device=self._device)
+            values = torch.zeros_like(keys)
+            self._slots = [
+                _Slot(config, weights, room, cache) for cache in zip(keys, values, strict=True)
+            ]
+            self._prefill: Prefill | None = Prefill(self._model, keys, values)
             self._plans = _plans(weights, self._device)
             # The interpreter takes seconds for what a GPU does in a tenth of a millisecond.
             self._most_by_kernels = MOST_BY_KERNELS if self._device.type == "cuda" else ROWS[-1]
             self._host = _pinned(
                 (ROWS[-1], config.vocab_size), torch.float32, self._device.type == "cuda"
             )
-            self._warm_up(progress)
-        name = torch.cuda.get_device_name() if self._device.type == "cuda" else "interpreter"
-        self._info = BackendInfo(
-            name="cuda",
-            device=name,
-            vocab_size=config.vocab_size,
-            num_slots=num_slots,
-            max_seq_len=max_seq_len,
-            max_batch_len=max(MAX_BATCH_LEN, num_slots),
-            weight_bytes=weights.bytes_per_token,
-            kv_bytes_per_token=kv_bytes,
-        )
+            try:
+                self._warm_up(progress)
+            except BaseException:
+                self._stop_build()
+                raise
 
     @classmethod
     def from_gguf(
@@ -237,7 +282,7 @@ class CudaBackend:
         with self._guard():
             run = DeviceRun(
                 held.sampler,
-                held.sampled_step(self._plans[1, held.length > LONG_CONTEXT]),
+                held.sampled_step(self._plan(1, held.length)),
                 self._abort.is_set,
                 fault=_device_fault if self._device.type == "cuda" else lambda: None,
             )
@@ -281,13 +326,21 @@ class CudaBackend:
         return self._slots[slot].length
 
     def close(self) -> None:
-        """Free the GPU's memory. Any later call raises BackendError."""
-        if self._model is None:
+        """Free the GPU's memory. Any later call raises BackendError.
+
+        Of a GPU that is lost nothing is freed: torch would end the process over it.
+        """
+        if self._is_closed:
             return
-        self._model = None
-        self._slots = []
-        if self._device.type == "cuda" and self._failure is None:
-            torch.cuda.empty_cache()
+        self._is_closed = True
+        self._stop_build()
+        if self._failure is None:
+            self._model = None
+            self._prefill = None
+            self._slots = []
+            self._host = torch.empty(0)
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
         if self._on_close is not None:
             self._on_close()
 
@@ -297,8 +350,10 @@ class CudaBackend:
         if not count:
             return np.empty((0, self._info.vocab_size), dtype=np.float32)
         self._stop_if_aborted()
-        if count <= self._most_by_kernels:
+        if count <= (MOST_BY_KERNELS if step.num_rows > 1 else self._most_by_kernels):
             return self._through_kernels(slot, step)
+        if step.num_rows <= 1 and self._prefill is not None:
+            return self._in_pieces(self._prefill, slot, step)
         tokens = torch.tensor([list(step.tokens)], dtype=torch.int64, device=self._device)
         cache = slot.cache()
         hidden = model.hidden(tokens, cache=cache, before_layer=self._stop_if_aborted)
@@ -310,6 +365,21 @@ class CudaBackend:
         slot.length += count
         return rows
 
+    def _in_pieces(self, prefill: Prefill, slot: _Slot, step: ExtendStep) -> LogitRows:
+        """A prompt of which at most the last row is wanted."""
+        rest = step.tokens
+        while len(rest):
+            self._stop_if_aborted()
+            num = prefill.piece_len(len(rest))
+            prefill.run(step.slot, rest[:num], slot.length)
+            slot.length += num
+            rest = rest[num:]
+        rows = self._host[: step.num_rows]
+        rows.copy_(prefill.logits[: step.num_rows], non_blocking=True)
+        self._probe()
+        result: LogitRows = rows.numpy().copy()
+        return result
+
     def _through_kernels(self, slot: _Slot, step: ExtendStep) -> LogitRows:
         """A few tokens through the kernels, eight at a time."""
         count = len(step.tokens)
@@ -319,9 +389,8 @@ class CudaBackend:
             if at:
                 self._stop_if_aborted()
             part = list(step.tokens[at : at + ROWS[-1]])
-            rows = next(size for size in ROWS if size >= len(part))
-            plan = self._plans[rows, slot.length + at > LONG_CONTEXT]
-            padded = [*part, *[part[-1]] * (rows - len(part))]
+            plan = self._plan(len(part), slot.length + at)
+            padded = [*part, *[part[-1]] * (plan.num_tokens - len(part))]
             slot.set_input(padded, slot.length + at, at)
             slot.run(plan)
             skip = max(0, first_row - at)
@@ -336,19 +405,105 @@ class CudaBackend:
         return result
 
     def _warm_up(self, progress: Callable[[float], None] | None) -> None:
-        """Compile every kernel and record the first slot's graphs before the first request."""
+        """Compile the urgent kernels and record the first slot's graphs of them.
+
+        The other kernels are compiled while requests are answered.
+        """
         if INTERPRET:
             return  # There is nothing to compile, and a step takes many seconds.
+        from triton.runtime import driver
+
         slot = self._slots[0]
-        for done, plan in enumerate(self._plans.values(), 1):
+        target = driver.active.get_current_target()
+        groups = [URGENT, *((plan,) for plan in LATER)]
+        self._build = KernelBuild(
+            [jobs_of(slot.launches(*(self._plans[plan] for plan in group))) for group in groups],
+            (target.backend, target.arch, target.warp_size),
+        )
+        self._build.wait(0, progress)
+        for plan in (self._plans[key] for key in URGENT):
             slot.set_input([0] * plan.num_tokens, 0)
             slot.run(plan)
             if plan.num_tokens == 1:
                 slot.sampled_step(plan)
-            if progress is not None:
-                progress(done / len(self._plans))
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
+        self._probe()
+        self._capture_prompts()
+        self._check()
+
+    def _capture_prompts(self) -> None:
+        """Record prompts as graphs and find out from which length on they are the faster way."""
+        assert self._prefill is not None
+        free = torch.cuda.mem_get_info()[0]
+        try:
+            self._prefill.capture()
+            self._probe()
+        except RuntimeError as error:
+            typed = device_error(error, self._probe)
+            if typed is None or isinstance(typed, DeviceLostError):
+                raise
+            torch.cuda.empty_cache()
+            logger.warning("prompts take some milliseconds more, without CUDA graphs: %s", typed)
+            return
+        num_mb = (free - torch.cuda.mem_get_info()[0]) / 1e6
+        logger.info("%d graphs of prompts take %.0f MB", self._prefill.num_graphs, num_mb)
+        slot, plan = self._slots[0], self._plans[ROWS[-1], False]
+        piece = [0] * self._prefill.sizes[0]
+        whole = self._fastest(lambda prefill: prefill.run(0, piece, 0))
+        slot.set_input([0] * plan.num_tokens, 0)
+        eight = self._fastest(lambda _: slot.run(plan))
+        self._most_by_kernels = min(MOST_BY_KERNELS, max(1, int(whole / eight)) * ROWS[-1])
+        logger.info("up to %d tokens go through the kernels", self._most_by_kernels)
+
+    def _fastest(self, call: Callable[[Prefill], None]) -> float:
+        """Seconds of the fastest of some calls."""
+        assert self._prefill is not None
+        best = float("inf")
+        for _ in range(10):
+            began = time.perf_counter()
+            call(self._prefill)
+            self._probe()
+            best = min(best, time.perf_counter() - began)
+        return best
+
+    def _check(self) -> None:
+        """Compute eight tokens in both ways. Raises DeviceError where the results differ.
+
+        So a GPU or compiler on which the kernels are wrong is found before it answers anybody.
+        """
+        assert self._prefill is not None
+        tokens = [i * 7919 % self._info.vocab_size for i in range(ROWS[-1])]
+        slot = self._slots[0]
+        results = []
+        for compute in (self._through_kernels, self._by_torch):
+            results.append(compute(slot, ExtendStep(0, tokens))[0].copy())
+            slot.length = 0
+        got, want = results
+        off = float(np.abs(got - want).max() / max(float(np.abs(want).max()), 1e-6))
+        if not off < MOST_OFF:  # also catches NaN
+            raise DeviceError(
+                f"the kernels compute wrongly on this GPU ({off:.2g} away from torch's logits): "
+                "use --fallback cpu or --backend cpu"
+            )
+
+    def _by_torch(self, slot: _Slot, step: ExtendStep) -> LogitRows:
+        assert self._prefill is not None
+        return self._in_pieces(self._prefill, slot, step)
+
+    def _stop_build(self) -> None:
+        if self._build is not None:
+            self._build.close()
+
+    def _plan(self, num_tokens: int, length: int) -> DecodePlan:
+        """The plan for so many tokens, at most 8, after `length` others.
+
+        Another one does the same work a little slower while the right one's kernels are compiled.
+        """
+        rows = next(size for size in ROWS if size >= num_tokens)
+        wanted = (rows, length > LONG_CONTEXT)
+        build = None if wanted in URGENT else self._build
+        if build is not None and not build.is_done(1 + LATER.index(wanted)):
+            wanted = (1 if rows == 1 else ROWS[-1], False)
+        return self._plans[wanted]
 
     def _stop_if_aborted(self) -> None:
         if self._abort.is_set():
@@ -356,48 +511,63 @@ class CudaBackend:
 
     def _open(self) -> Decoder:
         if self._failure is not None:
-            raise BackendError(self._failure)
-        if self._model is None:
+            raise self._failure
+        if self._is_closed or self._model is None:
             raise BackendError("the backend is closed: load the model again")
         return self._model
 
     def _guard(self) -> _Guard:
-        return _Guard(self)
+        return _Guard(self._failed, self._probe)
 
-    def failed(self, reason: str) -> None:
-        """Remember that the GPU can no longer be used by this process."""
-        self._failure = reason
+    def _failed(self, error: DeviceError) -> None:
+        """Remember what can't be mended; make room where that is what lacked."""
+        if isinstance(error, DeviceLostError):
+            self._failure = error
+        elif isinstance(error, DeviceMemoryError) and self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _probe(self) -> None:
+        """Raise if the device has failed."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
 
 
 class _Guard:
-    """Turns what torch and CUDA raise into BackendError."""
+    """Turns what torch, Triton and CUDA raise into BackendError."""
 
-    def __init__(self, backend: CudaBackend) -> None:
-        self._backend = backend
+    def __init__(self, on_error: Callable[[DeviceError], None], probe: Callable[[], None]) -> None:
+        self._on_error = on_error
+        self._probe = probe
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or isinstance(error, (Aborted, AlborError)):
+        if error is None or isinstance(error, Aborted):
             return
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            raise BackendError(
-                "the GPU is out of memory: lower --slots or --ctx, or close what else uses it"
-            ) from error
+        typed = error if isinstance(error, AlborError) else device_error(error, self._probe)
+        if isinstance(typed, DeviceError):
+            self._on_error(typed)
+        if typed is error:
+            return
+        if typed is not None:
+            raise typed from error
         if isinstance(error, RuntimeError):
             reason = " ".join(str(error).split())[:200]
-            message = f"the GPU failed: {reason}; start the server again or use --backend cpu"
-            if "CUDA" in reason or "device" in reason:
-                self._backend.failed(message)
-            raise BackendError(message) from error
+            raise BackendError(f"the GPU backend failed: {reason}") from error
 
 
 class _Slot:
     """One sequence: its decoder with the KV cache, its graphs, how much of the cache counts."""
 
-    def __init__(self, config: ModelConfig, weights: DecodeWeights, room: int) -> None:
-        self.decoder = GpuDecoder(weights, room)
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: DecodeWeights,
+        room: int,
+        cache: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        self.decoder = GpuDecoder(weights, room, cache)
         self.length = 0
         self._num_layers = config.num_layers
         self._graphs: dict[DecodePlan, Any] = {}
@@ -441,6 +611,13 @@ class _Slot:
             self._graphs[plan] = graph
         graph.replay()
 
+    def launches(self, *plans: DecodePlan) -> Iterator[Launch]:
+        """What `run` and `sampled_step` launch, for compiling it beforehand."""
+        for plan in plans:
+            yield from self.decoder.launches(
+                plan, sampler=self.sampler if plan.num_tokens == 1 else None
+            )
+
     def sampled_step(self, plan: DecodePlan) -> Callable[[], None]:
         """Queues one step of one token that the sampler ends and feeds back."""
         if INTERPRET:
@@ -465,7 +642,7 @@ def _plans(weights: DecodeWeights, device: torch.device) -> dict[tuple[int, bool
     for rows in ROWS:
         plan = plan_for(weights, num_tokens=rows, pdl=pdl)
         plans[rows, False] = plan
-        plans[rows, True] = plan_for(weights, num_tokens=rows, pdl=pdl, num_parts=32)
+        plans[rows, True] = plan_for(weights, num_tokens=rows, pdl=pdl, num_parts=16)
     return plans
 
 

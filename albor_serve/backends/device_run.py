@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from albor_serve.backends.device_errors import lost
 from albor_serve.config import DevicePlan
 from albor_serve.errors import BackendError
 from albor_serve.kernels.sampling import NOT_FINITE, NOTHING_YET, DeviceSampler
@@ -20,6 +21,7 @@ __all__ = ["AHEAD", "DeviceRun"]
 AHEAD: Final = 4
 """Steps queued beyond the last token seen: a step takes about as long as queueing one."""
 _CHECK_EVERY_S: Final = 0.02
+_FAILED: Final = -1
 _PATIENCE_S: Final = 30.0
 """A step takes microseconds; first use of a graph may take longer."""
 
@@ -66,7 +68,8 @@ class DeviceRun:
         """The tokens, each as soon as it is seen.
 
         Raises:
-            BackendError: the device failed, stands still, or its logits are not finite.
+            BackendError: its logits are not finite. DeviceLostError: the device stands still.
+            What `fault` raises.
         """
         while not self._reason:
             while self._num_queued < min(self._num_seen + AHEAD, self._max_new):
@@ -84,8 +87,10 @@ class DeviceRun:
     def stop(self) -> None:
         """End the run early if need be; returns once no step will write to the mailbox again.
 
+        Returns at once if the device has failed.
+
         Raises:
-            BackendError: the device failed or stands still.
+            DeviceLostError: the device stands still. What `fault` raises.
         """
         if self._num_seen < self._num_queued:
             self._sampler.ask_to_stop()
@@ -114,14 +119,19 @@ class DeviceRun:
                 return None
             now = self._clock()
             if now - checked > _CHECK_EVERY_S:
-                self._fault()
+                self._check()
                 checked = now
             if now - started > _PATIENCE_S:
-                raise BackendError(
-                    f"the GPU has not answered for {_PATIENCE_S:.0f} s: start the server again or "
-                    "use --backend cpu"
-                )
+                self._reason = _FAILED
+                raise lost(f"it has not answered for {_PATIENCE_S:.0f} s")
         return None if self._is_aborted() and not until_done else word
+
+    def _check(self) -> None:
+        try:
+            self._fault()
+        except BaseException:
+            self._reason = _FAILED
+            raise
 
     def _end(self, word: int) -> None:
         self._reason = -2 - word

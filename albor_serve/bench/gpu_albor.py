@@ -54,7 +54,7 @@ def _measure_kernels(job: GpuJob, weights: DecodeWeights, put: Put) -> None:
     kv_bytes = 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim
 
     def parts(context: int) -> int:
-        return 32 if context > LONG_CONTEXT else 16
+        return 16 if context > LONG_CONTEXT else 8
 
     def place(context: int) -> None:
         for decoder in decoders:

@@ -17,19 +17,27 @@ from albor_serve.kernels._triton import jit, tl
 
 __all__ = [
     "SUM_BYTES",
+    "X_BYTES",
     "across_warps",
     "add_lanes",
     "add_weighted",
     "column_of",
+    "fetch_x",
     "from_warp_0",
     "load_partials",
     "load_tile",
     "load_x",
     "mma_tile",
+    "prefetch_lines",
+    "put_one",
+    "put_shared",
     "result_index",
     "settle",
     "share",
     "shared_base",
+    "shared_float",
+    "stage_x",
+    "staged_x",
     "sum_columns",
     "sum_partials",
     "sum_rows",
@@ -86,10 +94,19 @@ def _mma_asm(*, one_token: bool) -> str:
 
 SUM_BYTES = 24576
 """Shared memory that `across_warps` has: (bands + 1) · warps · 512 bytes must fit."""
+X_BYTES = 16384
+"""Shared memory for one token's activations, behind that of the sums."""
 
-_BASE = f"{{ .shared .align 16 .b8 sums[{SUM_BYTES}]; mov.b32 $0, sums; }}"
+_BASE = f"{{ .shared .align 16 .b8 sums[{SUM_BYTES + X_BYTES}]; mov.b32 $0, sums; }}"
 
 _SETTLE = "{ .reg .pred p; setp.ne.u32 p, 0, 0; bar.red.popc.u32 $0, 0, p; }"
+
+_SHARE_SOME = (
+    "{ .reg .pred p; setp.ne.u32 p, $12, 0; @p st.shared.v4.f32 [$8], {$4, $5, $6, $7};"
+    " mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; }"
+)
+
+_PREFETCH = "{ .reg .pred p; setp.lt.s32 p, $2, $3; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }"
 
 _SHARE = "st.shared.v4.f32 [$8], {$4, $5, $6, $7}; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0;"
 _SHARE += " mov.b32 $3, 0;"
@@ -148,6 +165,10 @@ if hasattr(tl, "dot"):
     MMA_MANY = tl.constexpr(_mma_asm(one_token=False))
     MMA_CONSTRAINTS = tl.constexpr(",".join(["=f"] * 4 + ["r"] * 28 + ["f"] * 8))
     SETTLE = tl.constexpr(_SETTLE)
+    PREFETCH = tl.constexpr(_PREFETCH)
+    SHARE_SOME = tl.constexpr(_SHARE_SOME)
+    X_AT = tl.constexpr(SUM_BYTES)
+    SHARE_SOME_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,f,f,f,f,r,r,r,r,r,r,r,r")
     BASE = tl.constexpr(_BASE)
     SHARE = tl.constexpr(_SHARE)
     SHARE_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,f,f,f,f,r,r,r,r")
@@ -186,6 +207,26 @@ def settle(ASM: tl.constexpr):
     else:
         zero = 0.0
     return zero
+
+
+@jit()
+def prefetch_lines(ptr, LINES: tl.constexpr, THREADS: tl.constexpr, ASM: tl.constexpr):
+    """Ask for LINES lines of 128 bytes from `ptr` to be brought to the L2 cache.
+
+    All programs of a grid of one or two axes, with THREADS threads each, take their share.
+    """
+    if ASM and LINES > 0:
+        programs = tl.num_programs(0) * tl.num_programs(1)
+        program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        line = program * THREADS + tl.arange(0, THREADS)
+        address = ptr.to(tl.int64) + line.to(tl.int64) * 128
+        for _ in range((LINES + programs * THREADS - 1) // (programs * THREADS)):
+            tl.inline_asm_elementwise(
+                PREFETCH, "=r,l,r,r", [address, line, line * 0 + LINES], dtype=tl.int32,
+                is_pure=False, pack=1,
+            )  # fmt: skip
+            line += programs * THREADS
+            address += programs.to(tl.int64) * (THREADS * 128)
 
 
 @jit()
@@ -228,6 +269,43 @@ def load_x(x_ptr, kt, e, KT: tl.constexpr, M: tl.constexpr):
         row = tl.minimum(column_of(e), M - 1) * (KT * 64)
     base = x_ptr + row + kt * 64 + e // 4 % 4 * 4 + e % 4
     return tl.load(base), tl.load(base + 16), tl.load(base + 32), tl.load(base + 48)
+
+
+@jit()
+def fetch_x(x_ptr, e, KT: tl.constexpr, W: tl.constexpr):
+    """One token's activations, each word once: a tuple of int32 [4 T] for `stage_x`."""
+    words = ()
+    for k in tl.static_range((KT * 64 + W * 128 - 1) // (W * 128)):
+        at = e + k * (W * 128)
+        words = words + (tl.load(x_ptr + at, mask=at < KT * 64, other=0),)  # noqa: RUF005
+    return words
+
+
+@jit()
+def stage_x(base, words, e, KT: tl.constexpr, W: tl.constexpr):
+    """Leave `fetch_x`'s words in shared memory; a barrier (`settle`) must follow. Assembly only."""
+    for k in tl.static_range((KT * 64 + W * 128 - 1) // (W * 128)):
+        at = e + k * (W * 128)
+        put_shared(base + X_AT, at, words[k].to(tl.float32, bitcast=True), at < KT * 64)
+
+
+@jit()
+def staged_x(base, kt, e, zero):
+    """What `load_x` gives, from shared memory behind the barrier that `zero` comes from.
+
+    Only that number keeps it behind the barrier: so the compiler may read in the layout that the
+    product wants.
+    """
+    at = base + X_AT + zero.to(tl.int32) + (kt * 64 + e // 4 % 4 * 4) * 4
+    return _four_words(at), _four_words(at + 64), _four_words(at + 128), _four_words(at + 192)
+
+
+@jit()
+def _four_words(address):
+    return tl.inline_asm_elementwise(
+        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r,r,r,r", [address],
+        dtype=tl.int32, is_pure=True, pack=4,
+    )  # fmt: skip
 
 
 @jit()
@@ -464,6 +542,33 @@ def share(base, band, acc, e, ASM: tl.constexpr, W: tl.constexpr):
             is_pure=False,
             pack=4,
         )
+
+
+@jit()
+def put_shared(base, index, value, ok):
+    """Leave float32 values, four of a thread side by side, in shared memory. With assembly only."""
+    tl.inline_asm_elementwise(
+        SHARE_SOME, SHARE_SOME_CONSTRAINTS, [value, base + index * 4, ok.to(tl.int32)],
+        dtype=tl.int32, is_pure=False, pack=4,
+    )  # fmt: skip
+
+
+@jit()
+def put_one(base, index, value):
+    """Leave float32 values in shared memory. With assembly only."""
+    tl.inline_asm_elementwise(
+        "st.shared.f32 [$2], $1; mov.b32 $0, 0;", "=r,f,r", [value, base + index * 4],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@jit()
+def shared_float(base, index):
+    """Float32 number `index` of shared memory."""
+    return tl.inline_asm_elementwise(
+        "ld.shared.f32 $0, [$1];", "=f,r", [base + index * 4],
+        dtype=tl.float32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @jit()

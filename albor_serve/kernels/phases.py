@@ -10,21 +10,25 @@ from __future__ import annotations
 
 from albor_serve.kernels._triton import jit, tl
 from albor_serve.kernels.core import (
+    X_BYTES,
     across_warps,
+    fetch_x,
     from_warp_0,
     load_tile,
     load_x,
     mma_tile,
+    prefetch_lines,
     result_index,
-    settle,
     share,
     shared_base,
+    staged_x,
     sum_columns,
     sum_rows,
     undo_16,
 )
 from albor_serve.kernels.steps import (
     attend_many,
+    attend_new,
     attend_one,
     candidate,
     candidate_index,
@@ -35,7 +39,8 @@ from albor_serve.kernels.steps import (
     load_inputs,
     load_kv,
     load_rows,
-    product,
+    products,
+    settle_inputs,
     silu,
 )
 
@@ -49,6 +54,10 @@ __all__ = [
     "output_kernel",
     "qkv_kernel",
 ]
+
+
+STAGED_TILES = tl.constexpr(X_BYTES // 256)
+"""Tiles along K for which one token's activations have room in shared memory."""
 
 
 @jit()
@@ -101,8 +110,8 @@ def embed_kernel(w_ptr, g_ptr, keys_ptr, tokens_ptr, pos_ptr, out_ptr, cos_ptr, 
     total = tl.sum(h * h, axis=0)
     inverse = tl.rsqrt(total / (KT * 128) + eps)
     tl.store(h_ptr + m * KT * 128 + k, h, mask=ok)
-    tl.store(x_ptr + m * KT * 128 + k, (h * gain * inverse).to(tl.float16), mask=ok)
     band = tl.arange(0, PBP)
+    tl.store(x_ptr + m * KT * 128 + k, (h * gain * inverse).to(tl.float16), mask=ok)
     tl.store(sums_ptr + m * PB + band, tl.where(band == 0, total, 0.0), mask=band < PB)
     tl.store(inverse_ptr + m, inverse)
 
@@ -120,30 +129,32 @@ def _scale(base, slot, inverse, last, inverse_ptr, row, token, ok, first, ASM: t
 
 
 @jit()
-def qkv_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, qkv_ptr, eps, N: tl.constexpr,
-               KT: tl.constexpr, PB: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
-               STREAM: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
-               W: tl.constexpr):  # fmt: skip
+def qkv_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, qkv_ptr, next_ptr, eps,
+               N: tl.constexpr, KT: tl.constexpr, PB: tl.constexpr, NEXT: tl.constexpr,
+               M: tl.constexpr, MP: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr,
+               ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """Qkv = W · RMSNorm(h): one band of 16 outputs for each program."""
     _start(PDL)
     band = tl.program_id(0)
     e = tl.arange(0, W * 128)
-    KPW: tl.constexpr = (KT + W - 1) // W
     base = shared_base(ASM)
     tiles = load_bands(w_ptr, band, KT, 1, STREAM, e, W)
+    prefetch_lines(next_ptr, NEXT, W * 32, ASM)
     _wait(PDL)
-    xs = load_inputs(x_ptr, e, KT, M, W)
+    STAGED: tl.constexpr = ASM and M == 1 and KT <= STAGED_TILES
+    xs = load_inputs(x_ptr, e, KT, M, STAGED, W)
     c = tl.arange(0, W * 32)
     row = c // MP % 16
     token = c % MP
     ok = (c < 16 * MP) & (token < M)
     last = tl.load(last_ptr + token, mask=ok, other=1.0)
-    inverse, zero = inverse_rms(sums_ptr, e, eps, KT * 128, PB, M, ASM, W)
-    acc = product(tiles, xs, zero, 0, KPW, M > 1, ASM, W)
-    share(base, 0, acc, e, ASM, W)
+    inverse, zero = inverse_rms(sums_ptr, base, xs, e, eps, KT, PB, M, STAGED,
+                                ASM, W)  # fmt: skip
+    accs = products(tiles, xs, base, zero, e, 1, KT, M > 1, STAGED, ASM, W)
+    share(base, 0, accs[0], e, ASM, W)
     share(base, 1, inverse, e, ASM, W)
     tl.debug_barrier()
-    y = across_warps(base, (acc,), c * 0, result_index(row, token), ASM, W)
+    y = across_warps(base, accs, c * 0, result_index(row, token), ASM, W)
     scale = _scale(base, 1, inverse, last, inverse_ptr, row, token, ok, band == 0, ASM, W)
     y = y * tl.where(row < 8, scale, scale * 0.0625)
     tl.store(qkv_ptr + token * N + band * 16 + row, y, mask=ok)
@@ -151,14 +162,16 @@ def qkv_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, qkv_ptr, eps, N: t
 
 @jit()
 def attention_one_kernel(qkv_ptr, k_ptr, v_ptr, rope_ptr, qn_ptr, kn_ptr, att_ptr, lse_ptr,
-                         pos_ptr, max_len, eps, H: tl.constexpr, HKV: tl.constexpr,
+                         pos_ptr, next_ptr, max_len, eps, H: tl.constexpr, HKV: tl.constexpr,
                          D: tl.constexpr, GP: tl.constexpr, QH: tl.constexpr, RL: tl.constexpr,
                          NR: tl.constexpr, S: tl.constexpr, QK_NORM: tl.constexpr,
-                         PDL: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
-    """Attention of one token: program (kv head, split)."""
+                         NEXT: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
+                         W: tl.constexpr):  # fmt: skip
+    """Attention of one token: program (kv head, split); split S is the new token's own."""
     _start(PDL)
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
+    shared = shared_base(ASM)
     base = kv_head * max_len * D
     r = tl.arange(0, RL)[:, None, None]
     i = tl.arange(0, QH)[None, :, None]
@@ -166,16 +179,22 @@ def attention_one_kernel(qkv_ptr, k_ptr, v_ptr, rope_ptr, qn_ptr, kn_ptr, att_pt
     first = (split * (QH // GP) + i // GP) * (NR * RL)
     # Kernels of the same token may still run, but none that writes what this reads: the new
     # token's key and value do not come from the cache.
-    rows = load_rows(k_ptr + base, v_ptr + base, first, r, d2, max_len, D, RL, NR)
+    limit = tl.where(split < S, max_len, 0)
+    rows = load_rows(k_ptr + base, v_ptr + base, first, r, d2, limit, D, RL, NR)
     gains = ()
     if QK_NORM:
         at = d2 + r * 0 + i * 0
-        gains = (tl.load(qn_ptr + at), tl.load(qn_ptr + D // 2 + at), tl.load(kn_ptr + at),
-                 tl.load(kn_ptr + D // 2 + at))  # fmt: skip
+        gains = (tl.load(qn_ptr + at), tl.load(qn_ptr + D // 2 + at))
+    prefetch_lines(next_ptr, NEXT, W * 32, ASM)
     _wait(PDL)
-    attend_one(rows, gains, first, qkv_ptr, k_ptr + base, v_ptr + base, rope_ptr, att_ptr, lse_ptr,
-               pos_ptr, kv_head, split, max_len, eps, H, HKV, D, GP, QH, RL, NR, S,
-               QK_NORM, ASM)  # fmt: skip
+    if split < S:
+        attend_one(rows, gains, first, qkv_ptr, k_ptr + base, v_ptr + base, rope_ptr, att_ptr,
+                   lse_ptr, pos_ptr, kv_head, split, max_len, eps, shared, H, HKV, D, GP, QH, RL,
+                   NR, S, QK_NORM, ASM, W)  # fmt: skip
+    else:
+        PARTS: tl.constexpr = 1 if ASM else QH // GP
+        attend_new(qkv_ptr, k_ptr + base, v_ptr + base, rope_ptr, qn_ptr, kn_ptr, att_ptr, lse_ptr,
+                   pos_ptr, kv_head, S * PARTS, eps, H, HKV, D, GP, QK_NORM)  # fmt: skip
 
 
 @jit()
@@ -234,7 +253,8 @@ def _finish(base, acc, residual, out_ptr, x_ptr, sums_ptr, band, N: tl.constexpr
 
 @jit()
 def output_kernel(w_ptr, att_ptr, lse_ptr, h_ptr, out_ptr, g_ptr, scale_ptr, x_ptr, sums_ptr,
-                  N: tl.constexpr, KT: tl.constexpr, PB: tl.constexpr, M: tl.constexpr,
+                  next_ptr, N: tl.constexpr, KT: tl.constexpr, PB: tl.constexpr,
+                  NEXT: tl.constexpr, M: tl.constexpr,
                   MP: tl.constexpr, H: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
                   STREAM: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
                   W: tl.constexpr):  # fmt: skip
@@ -242,23 +262,24 @@ def output_kernel(w_ptr, att_ptr, lse_ptr, h_ptr, out_ptr, g_ptr, scale_ptr, x_p
     _start(PDL)
     band = tl.program_id(0)
     e = tl.arange(0, W * 128)
-    KPW: tl.constexpr = (KT + W - 1) // W
     base = shared_base(ASM)
     tiles = load_bands(w_ptr, band, KT, 1, STREAM, e, W)
+    prefetch_lines(next_ptr, NEXT, W * 32, ASM)
     _wait(PDL)
     residual = _load_residual(h_ptr, g_ptr, scale_ptr, band, N, M, MP, W)
     xs, zero = load_attention(att_ptr, lse_ptr, e, KT, M, MP, H, D, S, ASM, W)
-    acc = sum_columns(product(tiles, xs, zero, 0, KPW, True, ASM, W), MP, ASM, W)
+    accs = products(tiles, xs, base, zero, e, 1, KT, True, False, ASM, W)
+    acc = sum_columns(accs[0], MP, ASM, W)
     share(base, 0, acc, e, ASM, W)
     tl.debug_barrier()
     _finish(base, acc, residual, out_ptr, x_ptr, sums_ptr, band, N, PB, M, MP, ASM, W)
 
 
 @jit()
-def gate_up_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, act_ptr, eps, F: tl.constexpr,
-                   KT: tl.constexpr, NB: tl.constexpr, PB: tl.constexpr,
-                   M: tl.constexpr, MP: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr,
-                   ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
+def gate_up_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, act_ptr, next_ptr, eps,
+                   F: tl.constexpr, KT: tl.constexpr, NB: tl.constexpr, PB: tl.constexpr,
+                   NEXT: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, STREAM: tl.constexpr,
+                   PDL: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """Act = SiLU(gate) · up of RMSNorm(h): NB bands of 8 channels for each program.
 
     NB divides the number of bands, and NB · 8 · MP is at most the number of threads.
@@ -266,23 +287,23 @@ def gate_up_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, act_ptr, eps, 
     _start(PDL)
     band = tl.program_id(0) * NB
     e = tl.arange(0, W * 128)
-    KPW: tl.constexpr = (KT + W - 1) // W
     base = shared_base(ASM)
     tiles = load_bands(w_ptr, band, KT, NB, STREAM, e, W)
+    prefetch_lines(next_ptr, NEXT, W * 32, ASM)
     _wait(PDL)
-    xs = load_inputs(x_ptr, e, KT, M, W)
+    STAGED: tl.constexpr = ASM and M == 1 and KT <= STAGED_TILES
+    xs = load_inputs(x_ptr, e, KT, M, STAGED, W)
     c = tl.arange(0, W * 32)
     which = tl.minimum(c // (8 * MP), NB - 1)
     row = c // MP % 8
     token = c % MP
     ok = (c < NB * 8 * MP) & (token < M)
     last = tl.load(last_ptr + token, mask=ok, other=1.0)
-    inverse, zero = inverse_rms(sums_ptr, e, eps, KT * 128, PB, M, ASM, W)
-    accs = ()
+    inverse, zero = inverse_rms(sums_ptr, base, xs, e, eps, KT, PB, M, STAGED,
+                                ASM, W)  # fmt: skip
+    accs = products(tiles, xs, base, zero, e, NB, KT, M > 1, STAGED, ASM, W)
     for b in tl.static_range(NB):
-        acc = product(tiles, xs, zero, b, KPW, M > 1, ASM, W)
-        share(base, b, acc, e, ASM, W)
-        accs = accs + (acc,)  # noqa: RUF005
+        share(base, b, accs[b], e, ASM, W)
     share(base, NB, inverse, e, ASM, W)
     tl.debug_barrier()
     gate = across_warps(base, accs, which, result_index(row, token), ASM, W)
@@ -295,24 +316,24 @@ def gate_up_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, act_ptr, eps, 
 
 @jit()
 def feed_forward_kernel(w_ptr, act_ptr, h_ptr, out_ptr, g_ptr, scale_ptr, x_ptr, sums_ptr,
-                        N: tl.constexpr, KT: tl.constexpr, PB: tl.constexpr, M: tl.constexpr,
-                        MP: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr,
+                        N: tl.constexpr, KT: tl.constexpr, PB: tl.constexpr,
+                        M: tl.constexpr, MP: tl.constexpr, STREAM: tl.constexpr, PDL: tl.constexpr,
                         ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """Out = h + W · act."""
     _start(PDL)
     band = tl.program_id(0)
     e = tl.arange(0, W * 128)
-    KPW: tl.constexpr = (KT + W - 1) // W
     base = shared_base(ASM)
     tiles = load_bands(w_ptr, band, KT, 1, STREAM, e, W)
     _wait(PDL)
     residual = _load_residual(h_ptr, g_ptr, scale_ptr, band, N, M, MP, W)
-    xs = load_inputs(act_ptr, e, KT, M, W)
-    zero = settle(ASM)
-    acc = product(tiles, xs, zero, 0, KPW, M > 1, ASM, W)
-    share(base, 0, acc, e, ASM, W)
+    STAGED: tl.constexpr = ASM and M == 1 and KT <= STAGED_TILES
+    xs = load_inputs(act_ptr, e, KT, M, STAGED, W)
+    zero = settle_inputs(base, xs, e, KT, STAGED, ASM, W)
+    accs = products(tiles, xs, base, zero, e, 1, KT, M > 1, STAGED, ASM, W)
+    share(base, 0, accs[0], e, ASM, W)
     tl.debug_barrier()
-    _finish(base, acc, residual, out_ptr, x_ptr, sums_ptr, band, N, PB, M, MP, ASM, W)
+    _finish(base, accs[0], residual, out_ptr, x_ptr, sums_ptr, band, N, PB, M, MP, ASM, W)
 
 
 @jit()
@@ -335,21 +356,30 @@ def head_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, logits_ptr, keys_ptr, eps, num
     for k in tl.static_range(AHEAD):
         tiles = tiles + load_tile(w_ptr, row_of_tiles + k, e, STREAM)
     _wait(PDL)
-    xs = load_x(x_ptr, 0, e, KT, M)
+    STAGED: tl.constexpr = ASM and M == 1 and KT <= STAGED_TILES
+    if STAGED:
+        xs = fetch_x(x_ptr, e, KT, W)
+    else:
+        xs = load_x(x_ptr, 0, e, KT, M)
     token = e // 4 % 4 * 2 + e % 2
     if M == 1:
         last = tl.load(last_ptr)
     else:
         last = tl.load(last_ptr + tl.minimum(token, M - 1))
-    inverse, zero = inverse_rms(sums_ptr, e, eps, KT * 128, PB, M, ASM, W)
+    inverse, zero = inverse_rms(sums_ptr, base, xs, e, eps, KT, PB, M, STAGED,
+                                ASM, W)  # fmt: skip
     share(base, 0, inverse, e, ASM, W)
     acc = tl.zeros([W * 128], tl.float32)
     for k in tl.static_range(KT):
         if k + AHEAD < KT:
             tiles = tiles + load_tile(w_ptr, row_of_tiles + k + AHEAD, e, STREAM)
-        if k > 0:
-            xs = load_x(x_ptr, k, e, KT, M)
-        acc = mma_tile(tiles[3 * k], tiles[3 * k + 1], tiles[3 * k + 2], xs, acc, zero, M > 1,
+        if STAGED:
+            x = staged_x(base, k + e * 0, e, zero)
+        elif k > 0:
+            x = load_x(x_ptr, k, e, KT, M)
+        else:
+            x = xs
+        acc = mma_tile(tiles[3 * k], tiles[3 * k + 1], tiles[3 * k + 2], x, acc, zero, M > 1,
                        ASM, W)  # fmt: skip
     tl.debug_barrier()
     new = from_warp_0(base, 0, inverse, result_index(0, token), ASM, W)

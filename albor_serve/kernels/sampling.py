@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from torch import Tensor
 from albor_serve.config import MAX_DEVICE_STOPS, DevicePlan
 from albor_serve.errors import ConfigError
 from albor_serve.kernels._triton import jit, tl
+from albor_serve.kernels.launch import Launch
 from albor_serve.kernels.steps import candidate, candidate_index
 
 __all__ = [
@@ -359,7 +360,20 @@ class DeviceSampler:
         *,
         pdl: bool,
     ) -> None:
-        """Launch `choose_kernel` after a step.
+        """Launch `choose_kernel` after a step; see `launch`."""
+        self.launch(logits, keys, tokens, position, num_keys, pdl=pdl).run()
+
+    def launch(
+        self,
+        logits: Tensor,
+        keys: Tensor,
+        tokens: Tensor,
+        position: Tensor,
+        num_keys: int,
+        *,
+        pdl: bool,
+    ) -> Launch:
+        """`choose_kernel` for what a step leaves.
 
         Args:
             logits: float32 [8, V], row 0 counts.
@@ -367,14 +381,22 @@ class DeviceSampler:
             tokens: int32 [8]; tokens[0] is written.
             position: int32 [1]; moved on by one.
         """
-        options = {"launch_pdl": True} if pdl else {}
-        choose_kernel[(1,)](
+        arguments = (
             logits, keys, self._bias, self._counts, self._scores, self._control, self.mailbox,
-            self.cancel, tokens, position, num_keys, V=self.vocab_size,
-            NK=1 << (num_keys - 1).bit_length(),
-            BLOCK=min(_BLOCK, 1 << (self.vocab_size - 1).bit_length()), NS=MAX_DEVICE_STOPS,
-            PDL=pdl, num_warps=NUM_WARPS, num_stages=1, **options,
+            self.cancel, tokens, position, num_keys,
         )  # fmt: skip
+        options: dict[str, Any] = {
+            "V": self.vocab_size,
+            "NK": 1 << (num_keys - 1).bit_length(),
+            "BLOCK": min(_BLOCK, 1 << (self.vocab_size - 1).bit_length()),
+            "NS": MAX_DEVICE_STOPS,
+            "PDL": pdl,
+            "num_warps": NUM_WARPS,
+            "num_stages": 1,
+        }
+        if pdl:
+            options["launch_pdl"] = True
+        return Launch(choose_kernel, (1,), arguments, options)
 
 
 def _signed(word: int) -> int:

@@ -22,11 +22,17 @@ from albor_serve.kernels.core import (
     add_lanes,
     add_weighted,
     column_of,
+    fetch_x,
     load_partials,
     load_tile,
     load_x,
     mma_tile,
+    put_one,
+    put_shared,
     settle,
+    shared_float,
+    stage_x,
+    staged_x,
     sum_partials,
 )
 
@@ -51,21 +57,28 @@ def load_bands(w_ptr, band, KT: tl.constexpr, NB: tl.constexpr, STREAM: tl.const
 
 
 @jit()
-def load_inputs(x_ptr, e, KT: tl.constexpr, M: tl.constexpr, W: tl.constexpr):
-    """Each warp's columns of x: a tuple of 4 · KPW int32 [4 T]."""
+def load_inputs(x_ptr, e, KT: tl.constexpr, M: tl.constexpr, STAGED: tl.constexpr,
+                W: tl.constexpr):  # fmt: skip
+    """The activations that a warp's tiles meet, for `products`: int32 [4 T], 4 · KPW of them.
+
+    With STAGED (one token, assembly) they are what `stage_x` takes.
+    """
     xs = ()
-    KPW: tl.constexpr = (KT + W - 1) // W
-    for q in tl.static_range(KPW):
-        kt = tl.minimum(e // 128 + q * W, KT - 1)
-        a, b, c, d = load_x(x_ptr, kt, e, KT, M)
-        xs = xs + (a, b, c, d)  # noqa: RUF005
+    if STAGED:
+        xs = fetch_x(x_ptr, e, KT, W)
+    else:
+        KPW: tl.constexpr = (KT + W - 1) // W
+        for q in tl.static_range(KPW):
+            kt = tl.minimum(e // 128 + q * W, KT - 1)
+            a, b, c, d = load_x(x_ptr, kt, e, KT, M)
+            xs = xs + (a, b, c, d)  # noqa: RUF005
     return xs
 
 
 @jit()
 def product(tiles, xs, zero, BAND: tl.constexpr, KPW: tl.constexpr, MANY: tl.constexpr,
             ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
-    """Accumulators of one band, [4 T]: band BAND of `tiles` times `xs`."""
+    """Accumulators of one band, [4 T]: band BAND of `tiles` times `xs`, 4 · KPW of them."""
     acc = tl.zeros([W * 128], tl.float32)
     for q in tl.static_range(KPW):
         acc = mma_tile(
@@ -83,15 +96,55 @@ def product(tiles, xs, zero, BAND: tl.constexpr, KPW: tl.constexpr, MANY: tl.con
 
 
 @jit()
-def inverse_rms(sums_ptr, e, eps, K: tl.constexpr, PB: tl.constexpr, M: tl.constexpr,
-                ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
+def settle_inputs(base, xs, e, KT: tl.constexpr, STAGED: tl.constexpr, ASM: tl.constexpr,
+                  W: tl.constexpr):  # fmt: skip
+    """`settle`, with what is STAGED in shared memory afterwards."""
+    if STAGED:
+        stage_x(base, xs, e, KT, W)
+    return settle(ASM)
+
+
+@jit()
+def products(tiles, xs, base, zero, e, NB: tl.constexpr, KT: tl.constexpr, MANY: tl.constexpr,
+             STAGED: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
+    """Accumulators of NB bands of `tiles` (`load_bands`) times the inputs: a tuple of [4 T]."""
+    KPW: tl.constexpr = (KT + W - 1) // W
+    accs = ()
+    for _ in tl.static_range(NB):
+        accs = accs + (tl.zeros([W * 128], tl.float32),)  # noqa: RUF005
+    for q in tl.static_range(KPW):
+        if STAGED:
+            x = staged_x(base, tl.minimum(e // 128 + q * W, KT - 1), e, zero)
+        else:
+            x = (xs[4 * q], xs[4 * q + 1], xs[4 * q + 2], xs[4 * q + 3])
+        sums = ()
+        for b in tl.static_range(NB):
+            acc = mma_tile(
+                tiles[3 * (b * KPW + q)],
+                tiles[3 * (b * KPW + q) + 1],
+                tiles[3 * (b * KPW + q) + 2],
+                x,
+                accs[b],
+                zero,
+                MANY,
+                ASM,
+                W,
+            )
+            sums = sums + (acc,)  # noqa: RUF005
+        accs = sums
+    return accs
+
+
+@jit()
+def inverse_rms(sums_ptr, base, xs, e, eps, KT: tl.constexpr, PB: tl.constexpr, M: tl.constexpr,
+                STAGED: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """1 / (root mean square of h) for the token of each result column: [4 T], right in warp 0.
 
-    RMSNorm: Zhang and Sennrich 2019. Also a zero from `settle`, for which the loads before count.
+    RMSNorm: Zhang and Sennrich 2019. Also `settle_inputs`, for which the loads before count.
     """
     x = load_partials(sums_ptr, e, PB, M, W)
-    zero = settle(ASM)
-    return tl.rsqrt(sum_partials(x, M, ASM, W) / K + eps), zero
+    zero = settle_inputs(base, xs, e, KT, STAGED, ASM, W)
+    return tl.rsqrt(sum_partials(x, M, ASM, W) / (KT * 128) + eps), zero
 
 
 @jit()
@@ -201,17 +254,62 @@ def attend_rows(rows, first, r, limit, q_low, q_high, top, weight, o_low, o_high
 
 
 @jit()
-def attend_one(rows, gains, first, qkv_ptr, k_ptr, v_ptr, rope_ptr, att_ptr, lse_ptr, pos_ptr,
-               kv_head, split, limit, eps, H: tl.constexpr, HKV: tl.constexpr,
-               D: tl.constexpr, GP: tl.constexpr, QH: tl.constexpr, RL: tl.constexpr,
-               NR: tl.constexpr, S: tl.constexpr, QK_NORM: tl.constexpr,
-               ASM: tl.constexpr):  # fmt: skip
-    """Attention of one new token over one split of the positions, for one key-value head.
+def attend_new(qkv_ptr, k_ptr, v_ptr, rope_ptr, qn_ptr, kn_ptr, att_ptr, lse_ptr, pos_ptr, kv_head,
+               part, eps, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, GP: tl.constexpr,
+               QK_NORM: tl.constexpr):  # fmt: skip
+    """What the new token sees of itself, as part `part` of att and lse; and its key and value for
+    the cache."""
+    half: tl.constexpr = D // 2
+    G: tl.constexpr = H // HKV
+    g = tl.arange(0, GP)[:, None]
+    d2 = tl.arange(0, half)[None, :]
+    head = kv_head * G + tl.minimum(g, G - 1)
+    pos = tl.load(pos_ptr)
+    cos = tl.load(rope_ptr + d2)
+    sin = tl.load(rope_ptr + half + d2)
+    q_low = tl.load(qkv_ptr + head * D + d2)
+    q_high = tl.load(qkv_ptr + head * D + half + d2)
+    kp = qkv_ptr + (H + kv_head) * D + d2
+    k_low = tl.load(kp)
+    k_high = tl.load(kp + half)
+    v_low = tl.load(kp + HKV * D).to(tl.float16)
+    v_high = tl.load(kp + HKV * D + half).to(tl.float16)
+    if QK_NORM:
+        q_low, q_high = head_norm(q_low, q_high, tl.load(qn_ptr + d2), tl.load(qn_ptr + half + d2),
+                                  eps, D)  # fmt: skip
+        k_low, k_high = head_norm(k_low, k_high, tl.load(kn_ptr + d2), tl.load(kn_ptr + half + d2),
+                                  eps, D)  # fmt: skip
+    q_low, q_high = rotate(q_low, q_high, cos, sin)
+    k_low, k_high = rotate(k_low, k_high, cos, sin)
+    k_low = k_low.to(tl.float16)
+    k_high = k_high.to(tl.float16)
+    to = pos * D + d2
+    tl.store(k_ptr + to, k_low)
+    tl.store(k_ptr + to + half, k_high)
+    tl.store(v_ptr + to, v_low)
+    tl.store(v_ptr + to + half, v_high)
+    scale = 1.4426950408889634 / tl.sqrt(tl.full([1], D, tl.float32))
+    score = tl.sum(k_low.to(tl.float32) * q_low + k_high.to(tl.float32) * q_high, axis=1) * scale
+    at = part * H + kv_head * G + g
+    ok = (g < G) & (d2 >= 0)
+    whole: tl.constexpr = [GP, half]
+    tl.store(att_ptr + at * D + d2, tl.broadcast_to(v_low, whole), mask=ok)
+    tl.store(att_ptr + at * D + half + d2, tl.broadcast_to(v_high, whole), mask=ok)
+    tl.store(lse_ptr + at * 4 + d2, tl.broadcast_to(score[:, None], whole), mask=ok & (d2 < 4))
 
-    Row i of QH is query head i % GP of the group and part i // GP of the split's positions; each
-    counts as a split of its own in att and lse. rows: `load_rows` of the first positions; gains:
-    those of the query's and the key's norm, two halves each, if QK_NORM. Split 0 also takes in the
-    new position and writes its key and value.
+
+@jit()
+def attend_one(rows, gains, first, qkv_ptr, k_ptr, v_ptr, rope_ptr, att_ptr, lse_ptr, pos_ptr,
+               kv_head, split, limit, eps, base, H: tl.constexpr, HKV: tl.constexpr,
+               D: tl.constexpr, GP: tl.constexpr, QH: tl.constexpr, RL: tl.constexpr,
+               NR: tl.constexpr, S: tl.constexpr, QK_NORM: tl.constexpr, ASM: tl.constexpr,
+               W: tl.constexpr):  # fmt: skip
+    """Attention of one new token over one split of the cached positions, for one key-value head.
+
+    Row i of QH is query head i % GP of the group and part i // GP of the split's positions; the
+    parts of a program become one part of att and lse, but without ASM each counts for itself.
+    rows: `load_rows` of the first positions; gains: the query's norm's, two halves, if QK_NORM;
+    base: shared memory.
     """
     half: tl.constexpr = D // 2
     G: tl.constexpr = H // HKV
@@ -228,11 +326,6 @@ def attend_one(rows, gains, first, qkv_ptr, k_ptr, v_ptr, rope_ptr, att_ptr, lse
     sin = tl.load(rope_ptr + half + d2 + zero)
     q_low = tl.load(qkv_ptr + head * D + d2 + zero)
     q_high = tl.load(qkv_ptr + head * D + half + d2 + zero)
-    kp = qkv_ptr + (H + kv_head) * D + d2 + zero
-    n_low = tl.load(kp)
-    n_high = tl.load(kp + half)
-    v_low = tl.load(kp + HKV * D).to(tl.float16)
-    v_high = tl.load(kp + HKV * D + half).to(tl.float16)
     zero_f = settle(ASM)
     q_low += zero_f
     q_high += zero_f
@@ -247,24 +340,6 @@ def attend_one(rows, gains, first, qkv_ptr, k_ptr, v_ptr, rope_ptr, att_ptr, lse
     weight = tl.zeros([RL, QH], tl.float32)
     o_low = tl.zeros([RL, QH, half], tl.float32)
     o_high = tl.zeros([RL, QH, half], tl.float32)
-    if QK_NORM:
-        n_low, n_high = head_norm(n_low, n_high, gains[2], gains[3], eps, D)
-    n_low, n_high = rotate(n_low, n_high, cos, sin)
-    n_low = n_low.to(tl.float16)
-    n_high = n_high.to(tl.float16)
-    if split == 0:
-        once = (i == 0) & (r == 0) & (d2 >= 0)
-        tl.store(k_ptr + pos * D + d2 + zero, n_low, mask=once)
-        tl.store(k_ptr + pos * D + half + d2 + zero, n_high, mask=once)
-        tl.store(v_ptr + pos * D + d2 + zero, v_low, mask=once)
-        tl.store(v_ptr + pos * D + half + d2 + zero, v_high, mask=once)
-        s = tl.sum(n_low.to(tl.float32) * q_low + n_high.to(tl.float32) * q_high, axis=2)
-        mine = tl.sum(r + i // GP + d2 * 0, axis=2) == 0
-        top = tl.where(mine, s, top)
-        weight = tl.where(mine, 1.0, 0.0)
-        o_low = tl.where(mine[:, :, None], v_low.to(tl.float32), 0.0)
-        o_high = tl.where(mine[:, :, None], v_high.to(tl.float32), 0.0)
-
     top, weight, o_low, o_high = attend_rows(rows, first, r, pos, q_low, q_high, top, weight,
                                              o_low, o_high, RL, NR)  # fmt: skip
     step: tl.constexpr = S * PARTS * NR * RL
@@ -279,20 +354,54 @@ def attend_one(rows, gains, first, qkv_ptr, k_ptr, v_ptr, rope_ptr, att_ptr, lse
     best = tl.max(top, axis=0)
     shrink = tl.exp2(top - best[None, :])
     total = tl.sum(weight * shrink, axis=0)
-    some = total > 0.0
-    inverse = tl.where(some, 1.0 / tl.where(some, total, 1.0), 0.0)
-    lse = tl.where(some, best + tl.log2(tl.where(some, total, 1.0)), -1.0e30)
-    # Results go back to three axes, of which one row is stored: no change of layout.
-    o_low = tl.sum(o_low * shrink[:, :, None], axis=0)[None, :, :] * inverse[None, :][:, :, None]
-    o_high = tl.sum(o_high * shrink[:, :, None], axis=0)[None, :, :] * inverse[None, :][:, :, None]
-    at = (split * PARTS + i // GP) * H + kv_head * G + i % GP
-    once = (i % GP < G) & (r == 0) & (d2 >= 0)
+    o_low = tl.sum(o_low * shrink[:, :, None], axis=0)
+    o_high = tl.sum(o_high * shrink[:, :, None], axis=0)
     whole: tl.constexpr = [RL, QH, half]
-    tl.store(att_ptr + at * D + d2 + zero, tl.broadcast_to(o_low, whole).to(tl.float16), mask=once)
-    tl.store(att_ptr + at * D + half + d2 + zero, tl.broadcast_to(o_high, whole).to(tl.float16),
-             mask=once)  # fmt: skip
-    tl.store(lse_ptr + at * 4 + d2 + zero, tl.broadcast_to(lse[None, :][:, :, None], whole),
-             mask=once & (d2 < 4))  # fmt: skip
+    if ASM and PARTS > 1:
+        ROW: tl.constexpr = D + 8
+        once = (r == 0) & (d2 >= 0) & (i >= 0)
+        mine = i * ROW + d2 + r * 0
+        put_shared(base, mine, tl.broadcast_to(o_low[None, :, :], whole), once)
+        put_shared(base, mine + half, tl.broadcast_to(o_high[None, :, :], whole), once)
+        q = tl.arange(0, QH)
+        put_one(base, q * ROW + D, best)
+        put_one(base, q * ROW + D + 1, total)
+        tl.debug_barrier()
+        # From here on a thread has one channel of one head, and adds up the parts.
+        for k in tl.static_range((GP * D + W * 32 - 1) // (W * 32)):
+            n = tl.arange(0, W * 32) + k * (W * 32)
+            g = n // D
+            here = tl.minimum(g, GP - 1) * ROW
+            best = shared_float(base, here + D)
+            for part in tl.static_range(1, PARTS):
+                best = tl.maximum(best, shared_float(base, here + part * (GP * ROW) + D))
+            out = tl.zeros([W * 32], tl.float32)
+            total = tl.zeros([W * 32], tl.float32)
+            for part in tl.static_range(PARTS):
+                there = here + part * (GP * ROW)
+                factor = tl.exp2(shared_float(base, there + D) - best)
+                total += factor * shared_float(base, there + D + 1)
+                out += factor * shared_float(base, there + n % D)
+            some = total > 0.0
+            safe = tl.where(some, total, 1.0)
+            lse = tl.where(some, best + tl.log2(safe), -1.0e30)
+            to = split * H + kv_head * G + g
+            tl.store(att_ptr + to * D + n % D, (out / safe).to(tl.float16), mask=g < G)
+            tl.store(lse_ptr + to * 4 + n % D, lse, mask=(g < G) & (n % D < 4))
+    else:
+        some = total > 0.0
+        safe = tl.where(some, total, 1.0)
+        inverse = (1.0 / safe)[None, :][:, :, None]
+        lse = tl.where(some, best + tl.log2(safe), -1.0e30)
+        # Results go back to three axes, of which one row is stored: no change of layout.
+        at = (split * PARTS + i // GP) * H + kv_head * G + i % GP
+        once = (i % GP < G) & (r == 0) & (d2 >= 0)
+        low = tl.broadcast_to(o_low[None, :, :] * inverse, whole).to(tl.float16)
+        high = tl.broadcast_to(o_high[None, :, :] * inverse, whole).to(tl.float16)
+        tl.store(att_ptr + at * D + d2 + zero, low, mask=once)
+        tl.store(att_ptr + at * D + half + d2 + zero, high, mask=once)
+        tl.store(lse_ptr + at * 4 + d2 + zero, tl.broadcast_to(lse[None, :][:, :, None], whole),
+                 mask=once & (d2 < 4))  # fmt: skip
 
 
 @jit()

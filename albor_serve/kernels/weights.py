@@ -108,7 +108,8 @@ def pack_weights(
     q_size = config.num_heads * config.head_dim
 
     def rows(name: str) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(q4_rows(name))).to(device)
+        # Files are mapped for reading alone, and torch warns of memory that it can't write to.
+        return torch.from_numpy(np.require(q4_rows(name), requirements=["C", "W"])).to(device)
 
     def stack(make: Callable[[str], Tensor]) -> Tensor:
         return torch.stack([make(f"model.layers.{i}.") for i in range(config.num_layers)])

@@ -4,114 +4,44 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from albor_serve.backends import cuda  # noqa: E402
+from albor_serve.backends.base import BackendInfo  # noqa: E402
 from albor_serve.checkpoint.gguf import open_gguf_checkpoint  # noqa: E402
 from albor_serve.config import ModelConfig  # noqa: E402
-from albor_serve.errors import BackendError, ConfigError, UnsupportedModelError  # noqa: E402
+from albor_serve.errors import (  # noqa: E402
+    BackendError,
+    ConfigError,
+    DeviceError,
+    DeviceLostError,
+    DeviceMemoryError,
+    UnsupportedModelError,
+)
 from albor_serve.kernels.synthetic import RandomModel  # noqa: E402
 from albor_serve.loader import EMBEDDED_MODEL, open_backend  # noqa: E402
 from tests.scripts import run_script  # noqa: E402
 
-RULES = """
-import sys
-import numpy as np
-from albor_serve.backends.base import Aborted, ExtendStep
-from albor_serve.backends.cuda import CudaBackend
-from albor_serve.backends.torch_ref import TorchReferenceBackend
-from albor_serve.config import ModelConfig
-from albor_serve.errors import BackendError
-from albor_serve.kernels.synthetic import RandomModel
-
-device = sys.argv[1]
-config = ModelConfig("qwen3", 64, 128, 128, 1, 2, 1, 64, 64, qk_norm=True, tie_embeddings=True)
-model = RandomModel(config)
-ours = CudaBackend(config, model.q4_rows, model.read, 2, 40, device=device)
-plain = TorchReferenceBackend(config, model.read, 2, 40)
-rng = np.random.default_rng(0)
-
-def both(slot, count, rows="all"):
-    step = ExtendStep(slot, [int(t) for t in rng.integers(0, 64, count)], rows)
-    got, want = ours.extend([step])[0].copy(), plain.extend([step])[0]
-    assert got.shape == want.shape
-    assert not got.size or np.abs(got - want).max() < 0.02, (count, np.abs(got - want).max())
-
-both(0, 12)         # a prompt, through torch
-both(0, 1)          # a token, through the kernels
-both(0, 3)          # drafts, padded to four
-both(1, 2, "last")  # another slot
-if device == "cpu":
-    ours._most_by_kernels = 11
-for backend in (ours, plain):
-    backend.rewind(1, 0)
-both(1, 11)         # what was typed, eight tokens and three through the kernels
-both(1, 9, "last")
-for backend in (ours, plain):
-    backend.rewind(1, 2)
-both(0, 1, "none")
-for backend in (ours, plain):
-    backend.rewind(0, 5)
-both(0, 2)
-for backend in (ours, plain):
-    backend.fork(0, 1, 4)
-both(1, 1)
-both(0, 1)
-ours.abort.set()
-try:
-    ours.extend([ExtendStep(0, [1])])
-    raise SystemExit("an abort was ignored")
-except Aborted:
-    ours.abort.clear()
-both(0, 1)
-# Tokens decoded on the device are the reference's best ones, or as good as.
-from albor_serve.config import DevicePlan, SamplingParams
-plan = DevicePlan(SamplingParams(temperature=0.0), 4)
-for limit in (4, 2):  # the second time the host has enough after two
-    got = []
-    before, token = ours.length(0), 7
-    def on_token(new):
-        got.append(new)
-        return len(got) < limit
-    assert ours.decode(0, token, plan, on_token) == got and len(got) == limit
-    assert ours.length(0) == before + limit
-    for new in got:
-        row = plain.extend([ExtendStep(0, [token])])[0][0]
-        assert row[new] > row.max() - 0.04, (new, row.argmax())
-        token = new
-    both(0, 1)
-both(0, 40 - ours.length(0) - 1)
-both(0, 1)          # the last position
-try:
-    ours.extend([ExtendStep(0, [1])])
-    raise SystemExit("a full slot took a token")
-except BackendError:
-    pass
-ours.close()
-ours.close()
-try:
-    ours.length(0)
-    raise SystemExit("a closed backend answered")
-except BackendError:
-    pass
-"""
+RULES = "from tests.backends.cuda_rules import check; check({device!r})"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_backend_keeps_the_rules_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    run_script(RULES, "cpu", timeout_s=880)
+    run_script(RULES.format(device="cpu"), timeout_s=880)
 
 
 @pytest.mark.gpu
 def test_the_backend_keeps_the_rules_on_a_gpu() -> None:
     if not cuda.has_gpu():
         pytest.skip("no CUDA GPU")
-    run_script(RULES, "cuda", environment={}, timeout_s=880)
+    run_script(RULES.format(device="cuda"), environment={}, timeout_s=880)
 
 
 @pytest.fixture
@@ -165,7 +95,7 @@ def test_too_little_memory_while_loading_is_one_typed_error(
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(cuda, "load_decoder", full)
-    with pytest.raises(BackendError, match="lower --slots or --ctx"):
+    with pytest.raises(DeviceMemoryError, match="lower --slots or --ctx"):
         cuda.CudaBackend(config, model.q4_rows, model.read, 1, 16, device="cpu")
 
 
@@ -177,12 +107,86 @@ def test_a_shape_that_the_kernels_do_not_cover_is_refused() -> None:
 
 
 def test_cuda_failures_become_one_typed_error_and_end_the_backend() -> None:
+    def fails() -> None:
+        raise RuntimeError("CUDA error: illegal address")
+
     backend = object.__new__(cuda.CudaBackend)
     backend._failure = None
-    backend._model = None
-    with pytest.raises(BackendError, match="out of memory: lower"), backend._guard():
+    backend._is_closed = False
+    backend._build = None
+    backend._model = object()
+    backend._device = torch.device("cpu")
+    with pytest.raises(DeviceMemoryError, match="out of memory: lower"), backend._guard():
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(BackendError, match="illegal address"), backend._guard():
+    assert backend._open() is backend._model
+    backend._probe = fails  # type: ignore[method-assign]
+    with pytest.raises(DeviceLostError, match="illegal address"), backend._guard():
         raise RuntimeError("CUDA error: illegal address\nmore")
-    with pytest.raises(BackendError, match="start the server again"):
+    with pytest.raises(DeviceLostError, match="start the server again"):
         backend.length(0)
+    with pytest.raises(DeviceLostError, match="start the server again"):
+        backend.extend([])
+
+
+def test_of_a_lost_gpu_nothing_is_freed_and_the_rest_is_closed_once() -> None:
+    closed: list[int] = []
+    backend = object.__new__(cuda.CudaBackend)
+    backend._is_closed = False
+    backend._build = None
+    backend._model = model = object()
+    backend._slots = slots = [object()]
+    backend._failure = DeviceLostError("gone")
+    backend._on_close = lambda: closed.append(1)
+    backend.close()
+    backend.close()
+    assert closed == [1]
+    assert (backend._model, backend._slots) == (model, slots)
+
+
+class _Build:
+    """A build of which the first groups are done."""
+
+    def __init__(self, num_done: int) -> None:
+        self.num_done = num_done
+
+    def is_done(self, group: int) -> bool:
+        return group < self.num_done
+
+
+def test_until_a_plan_is_compiled_another_does_its_work(
+    small: tuple[ModelConfig, RandomModel],
+) -> None:
+    _, model = small
+    weights = model.pack("cpu", 64)
+    backend = object.__new__(cuda.CudaBackend)
+    backend._plans = cuda._plans(weights, torch.device("cpu"))
+    wanted = [(n, length) for n in range(1, 9) for length in (0, cuda.LONG_CONTEXT + 1)]
+
+    def rows(num_done: int) -> list[int]:
+        backend._build = _Build(num_done)  # type: ignore[assignment]
+        plans = [backend._plan(*one) for one in wanted]
+        assert all(plan.num_tokens >= n for plan, (n, _) in zip(plans, wanted, strict=True))
+        return [plan.num_tokens for plan in plans]
+
+    assert rows(1) == [1, 1] + [8] * 14
+    assert rows(3) == [1, 1, 8, 8] + [4, 8] * 2 + [8] * 8  # one token in a long context; four
+    all_of_them = [1, 1, 2, 2] + [4] * 4 + [8] * 8
+    assert rows(1 + len(cuda.LATER)) == all_of_them
+    assert set(cuda.URGENT) | set(cuda.LATER) == set(backend._plans)
+    backend._build = None
+    assert [backend._plan(*one).num_tokens for one in wanted] == all_of_them
+
+
+def test_kernels_that_compute_wrongly_are_found_at_the_start() -> None:
+    backend = object.__new__(cuda.CudaBackend)
+    backend._info = BackendInfo("cuda", "fake", 64, 1, 16, 16, 1, 1)
+    backend._prefill = object()  # type: ignore[assignment]
+    backend._slots = [SimpleNamespace(length=0)]  # type: ignore[list-item]
+    right = np.linspace(-3, 3, 64, dtype=np.float32)[None]
+    backend._by_torch = lambda *_: right  # type: ignore[method-assign]
+    for wrong in (right * 0, right[:, ::-1], right * np.nan):
+        backend._through_kernels = lambda *_, rows=wrong: rows  # type: ignore[method-assign]
+        with pytest.raises(DeviceError, match="compute wrongly on this GPU"):
+            backend._check()
+    backend._through_kernels = lambda *_: right + 0.01  # type: ignore[method-assign]
+    backend._check()

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 from albor_serve.backends.device_run import AHEAD, DeviceRun  # noqa: E402
 from albor_serve.config import DevicePlan, SamplingParams  # noqa: E402
-from albor_serve.errors import BackendError  # noqa: E402
+from albor_serve.errors import BackendError, DeviceLostError  # noqa: E402
 from albor_serve.kernels.sampling import DeviceSampler  # noqa: E402
 
 
@@ -123,8 +123,11 @@ def test_a_device_that_stands_still_is_an_error() -> None:
     ticks = count()
     run = DeviceRun(sampler, lambda: None, lambda: False, clock=lambda: float(next(ticks)))
     run.start(DevicePlan(SamplingParams(), 4))
-    with pytest.raises(BackendError, match="not answered for 30 s"):
+    with pytest.raises(DeviceLostError, match="not answered for 30 s"):
         list(run)
+    before = next(ticks)
+    run.stop()
+    assert next(ticks) == before + 1, "it was waited for once more"
 
 
 def test_a_fault_of_the_device_is_found_while_waiting() -> None:

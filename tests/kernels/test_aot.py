@@ -24,16 +24,16 @@ from albor_serve.kernels.sampling import NUM_WARPS, choose_kernel
 _KERNELS: dict[str, dict[str, Any]] = {
     "embed_kernel": {"KT": 8, "KB": 1024, "NK": 256, "D": 64, "PB": 64, "PBP": 64,
                      "FEEDBACK": True},
-    "qkv_kernel": {"N": 1536, "KT": 8, "PB": 64},
-    "attention_one_kernel": {"H": 16, "HKV": 4, "D": 64, "GP": 4, "QH": 4, "RL": 8, "NR": 4,
-                             "S": 16, "QK_NORM": True},
+    "qkv_kernel": {"N": 1536, "KT": 8, "PB": 64, "NEXT": 36864},
+    "attention_one_kernel": {"H": 16, "HKV": 4, "D": 64, "GP": 4, "QH": 8, "RL": 8, "NR": 4,
+                             "S": 7, "QK_NORM": True, "NEXT": 18432},
     "attention_kernel": {"H": 16, "HKV": 4, "D": 64, "GP": 4, "P": 64, "S": 16, "QK_NORM": True},
-    "output_kernel": {"N": 1024, "KT": 8, "H": 16, "D": 64, "S": 16, "PB": 64},
-    "gate_up_kernel": {"F": 4096, "KT": 8, "NB": 2, "PB": 64},
+    "output_kernel": {"N": 1024, "KT": 8, "H": 16, "D": 64, "S": 8, "PB": 64, "NEXT": 6912},
+    "gate_up_kernel": {"F": 4096, "KT": 8, "NB": 2, "PB": 64, "NEXT": 4608},
     "feed_forward_kernel": {"N": 1024, "KT": 32, "PB": 64},
     "head_kernel": {"V": 32768, "KT": 8, "PB": 64, "STORE": False},
 }  # fmt: skip
-_INTEGERS = {"w_ptr", "tokens_ptr", "pos_ptr"}
+_INTEGERS = {"w_ptr", "tokens_ptr", "pos_ptr", "next_ptr"}
 _HALVES = {"k_ptr", "v_ptr", "x_ptr", "att_ptr", "act_ptr"}
 _WORDS = {
     ("embed_kernel", "out_ptr"),
@@ -93,7 +93,7 @@ def test_kernel_compiles_without_spills(name: str, capability: int, num_tokens: 
         "STREAM": True,
         "PDL": capability >= 90,
         "ASM": True,
-        "W": 4 if name == "attention_one_kernel" else 8,
+        "W": 8,
     }
     wanted = {n: v for n, v in common.items() if n in kernel.arg_names}
     constants = {**wanted, **_KERNELS[name]}

@@ -38,7 +38,6 @@ for rows in (1, 3):  # one token, then three verified at once
 """
 
 
-@pytest.mark.slow
 def test_logits_of_one_and_of_three_tokens_are_those_of_the_reference() -> None:
     run_script(_SCRIPT)
 
@@ -55,4 +54,4 @@ def test_a_plan_that_cuts_positions_into_too_many_parts_is_refused() -> None:
     config = ModelConfig("llama", 64, 128, 128, 1, 2, 1, 64, 64, tie_embeddings=True)
     decoder = GpuDecoder(RandomModel(config).pack("cpu", 64), 64)
     with pytest.raises(ConfigError, match="parts"):
-        decoder._attend(0, plan_for(decoder.weights, num_parts=128), {})
+        list(decoder.launches(plan_for(decoder.weights, num_parts=128)))

@@ -14,6 +14,7 @@ from albor_serve.kernels.synthetic import RandomModel
 from tests.scripts import run_script
 
 _SCRIPT = """
+import sys
 import torch
 from albor_serve.config import ModelConfig
 from albor_serve.kernels.decoder import GpuDecoder
@@ -21,7 +22,10 @@ from albor_serve.kernels.persistent import PersistentDecoder, persistent_plan
 from albor_serve.kernels.synthetic import RandomModel
 from albor_serve.model import load_decoder
 
-config = ModelConfig("qwen3", 64, 128, 128, 2, 2, 1, 64, 64, qk_norm=True, tie_embeddings=True)
+layers, given = int(sys.argv[1]), int(sys.argv[2])
+config = ModelConfig(
+    "qwen3", 64, 128, 128, layers, 2, 1, 64, 64, qk_norm=layers > 1, tie_embeddings=True
+)
 model = RandomModel(config)
 decoder = GpuDecoder(model.pack("cpu", 64), 64)
 plan = persistent_plan(decoder.weights, num_programs=16, num_warps=4, num_parts=4)
@@ -32,7 +36,7 @@ def logits(tokens):
     with torch.inference_mode():
         return reference(torch.tensor([tokens]))[0]
 
-tokens = [3, 9]
+tokens = [3, 9][:given]
 for at, token in enumerate(tokens):
     decoder.tokens[0] = token
     decoder.position.fill_(at)
@@ -42,18 +46,20 @@ for at, token in enumerate(tokens):
     assert error < 0.01, (at, error)  # fp16 activations; the logits reach 4
     best = 0xFFFFFF - (int(decoder.best[0, 0]) & 0xFFFFFF)
     assert best == int(decoder.logits[0].argmax()), at
-persistent.run(2, feedback=True)
-assert int(decoder.position) == 3
-tokens += decoder.out_tokens[2:4].tolist()
+persistent.run(given, feedback=True)
+assert int(decoder.position) == 2 * given - 1
+tokens += decoder.out_tokens[given : 2 * given].tolist()
 want = logits(tokens)
-assert tokens[2:] == want[1:3].argmax(1).tolist()
+assert tokens[given:] == want[given - 1 : -1].argmax(1).tolist()
 assert (decoder.logits[0] - want[-1]).abs().max().item() < 0.01
 """
 
 
-@pytest.mark.slow
-def test_tokens_given_and_fed_back_have_the_logits_of_the_reference() -> None:
-    run_script(_SCRIPT)
+@pytest.mark.parametrize(("layers", "given"), [(1, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
+def test_tokens_given_and_fed_back_have_the_logits_of_the_reference(
+    layers: int, given: int
+) -> None:
+    run_script(_SCRIPT, str(layers), str(given))
 
 
 def _weights(**changes: int) -> object:

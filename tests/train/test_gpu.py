@@ -72,6 +72,7 @@ def test_two_runs_are_equal_to_the_bit(prepared: Prepared, tmp_path: Path) -> No
         {"attention": "document_mask"},
         {"attention": "document_flex"},
         {"fused_projections": True},
+        {"fused_projections": True, "own_kernels": True},
         {"compile": False},
     ],
 )

@@ -72,7 +72,7 @@ def bits(trainer: Trainer) -> bytes:
 def test_falsify_001_loss_falls_and_never_rises_for_long(
     prepared: Prepared, tmp_path: Path
 ) -> None:
-    spec = prepared.spec(steps=60, warmup_steps=5, checkpoint_every=60)
+    spec = prepared.spec(steps=45, warmup_steps=4, checkpoint_every=45)
     records = prepared.trainer(spec, tmp_path).run()
     losses = [record.loss for record in records]
     mean, means = losses[0], []
@@ -128,14 +128,14 @@ def test_every_gradient_is_nonzero_after_the_first_step(prepared: Prepared, tmp_
 
 
 def test_five_random_stops_change_nothing(prepared: Prepared, tmp_path: Path) -> None:
-    spec = prepared.spec(steps=20, ema=0.9)
+    spec = prepared.spec(steps=12, warmup_steps=1, ema=0.9)
     whole = prepared.trainer(spec, tmp_path / "whole")
     expected = whole.run()
     rng = random.Random(7)
-    stops = sorted(rng.sample(range(1, 20), 5))
+    stops = sorted(rng.sample(range(1, 12), 5))
     records = []
     done = 0
-    for stop in [*stops, 20]:
+    for stop in [*stops, 12]:
         trainer = prepared.trainer(spec, tmp_path / "parts")
         assert trainer.step == done
         records += trainer.run(stop_after=stop - done)
@@ -146,7 +146,7 @@ def test_five_random_stops_change_nothing(prepared: Prepared, tmp_path: Path) ->
     for name, average in whole.ema.items():
         assert torch.equal(average, trainer.ema[name])
     log = [line for line in read_log(tmp_path / "parts/log.jsonl") if line["event"] == "step"]
-    assert [line["step"] for line in log] == list(range(20))
+    assert [line["step"] for line in log] == list(range(12))
 
 
 def test_gradients_do_not_depend_on_how_a_batch_is_cut(prepared: Prepared, tmp_path: Path) -> None:
@@ -163,8 +163,10 @@ def test_gradients_do_not_depend_on_how_a_batch_is_cut(prepared: Prepared, tmp_p
 
 
 def test_fused_projections_train_the_same_matrices(prepared: Prepared, tmp_path: Path) -> None:
-    plain = prepared.trainer(prepared.spec(), tmp_path / "plain")
-    fused = prepared.trainer(prepared.spec(fused_projections=True), tmp_path / "fused")
+    plain = prepared.trainer(prepared.spec(steps=10, warmup_steps=1), tmp_path / "plain")
+    fused = prepared.trainer(
+        prepared.spec(steps=10, warmup_steps=1, fused_projections=True), tmp_path / "fused"
+    )
     expected, records = plain.run(), fused.run()
     assert [r.loss for r in records] == pytest.approx([r.loss for r in expected], rel=1e-4)
     assert fused.optimizer.moments.keys() == plain.optimizer.moments.keys()
@@ -174,7 +176,9 @@ def test_fused_projections_train_the_same_matrices(prepared: Prepared, tmp_path:
         assert one.keys() == other.keys()
         for name, tensor in one.items():
             torch.testing.assert_close(other[name], tensor, rtol=1e-2, atol=1e-4)
-    resumed = prepared.trainer(prepared.spec(fused_projections=True), tmp_path / "fused")
+    resumed = prepared.trainer(
+        prepared.spec(steps=10, warmup_steps=1, fused_projections=True), tmp_path / "fused"
+    )
     assert bits(resumed) == bits(fused)
 
 
@@ -232,7 +236,7 @@ def test_rows_that_run_out_are_an_error(prepared: Prepared, tmp_path: Path) -> N
 
 
 def test_validation_falls(prepared: Prepared, tmp_path: Path) -> None:
-    spec = prepared.spec(steps=40, warmup_steps=4, validate_every=20)
+    spec = prepared.spec(steps=24, warmup_steps=2, validate_every=12)
     trainer = prepared.trainer(spec, tmp_path, validation={"held_out": prepared.validation})
     trainer.run()
     losses = [e["held_out"] for e in read_log(tmp_path / "log.jsonl") if e["event"] == "validation"]
@@ -253,7 +257,7 @@ def test_packs_may_come_while_training(prepared: Prepared, tmp_path: Path) -> No
 
     def append() -> None:
         for pack in packs[1:]:
-            time.sleep(0.3)
+            time.sleep(0.1)
             stream.append(pack)
         stream.finish()
 
@@ -266,7 +270,7 @@ def test_packs_may_come_while_training(prepared: Prepared, tmp_path: Path) -> No
 def test_failed_packing_ends_the_run(prepared: Prepared, tmp_path: Path) -> None:
     spec = prepared.spec(steps=20, batch_tokens=4096, micro_batch_rows=4)
     stream = RowStream(prepared.stream.packs[:1], is_open=True)
-    threading.Timer(0.5, stream.finish, [DataError("the shard is damaged")]).start()
+    threading.Timer(0.2, stream.finish, [DataError("the shard is damaged")]).start()
     trainer = Trainer(spec, stream, prepared.tokens.folder, tmp_path, ALONE)
     with pytest.raises(DataError, match="the shard is damaged"):
         trainer.run()

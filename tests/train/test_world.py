@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +21,7 @@ from albor_train.optim import orthogonalize
 from albor_train.runs import read_log
 from albor_train.spec import load_spec
 from albor_train.world import World, proportional_shares
-from tests.train.fixtures_train import write_tiny_spec
+from tests.train.fixtures_train import tiny_spec_dict, write_tiny_spec
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,27 +70,65 @@ def test_shares_of_unequal_devices() -> None:
         proportional_shares(1, [1.0, 1.0])
 
 
-def run_training(folder: Path, tokens: Artefact, out: Path, processes: int) -> None:
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_training(
+    folder: Path, tokens: Artefact, out: Path, processes: int, launcher: str = ""
+) -> None:
+    """Train in this process, or in several, started as torchrun does it or by torchrun itself."""
     train = ["train", str(folder / "spec.yaml"), "--work", str(folder / "work"), "--jobs", "1"]
     train += ["--tokens", str(tokens.folder), "--out", str(out), "--device", "cpu"]
     if processes == 1:
         assert main(train) == 0
         return
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={processes}", "-m", "albor_train", *train]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
+    module = ["-m", "albor_train", *train]
+    if launcher == "torchrun":
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        commands = [([*torchrun, *module], environment)]
+    else:
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        environment |= {"WORLD_SIZE": str(processes)}
+        commands = [
+            (module, {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(processes)
+        ]
+    running = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env=variables,
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        for command, variables in commands
+    ]
+    try:
+        for process in running:
+            _, error = process.communicate(timeout=200)
+            assert process.returncode == 0, error[-2000:]
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
 
 
-def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_two_processes_train_what_one_trains(tmp_path: Path, launcher: str) -> None:
     """Real processes over gloo; the trainer itself refuses to save if their weights differ."""
-    spec = load_spec(write_tiny_spec(tmp_path))
+    raw = copy.deepcopy(tiny_spec_dict())
+    raw["train"].update(steps=8, warmup_steps=1, checkpoint_every=8)  # type: ignore[attr-defined]
+    spec = load_spec(write_tiny_spec(tmp_path, raw))
     _, tokens = prepare(spec, tmp_path / "work")
     for processes in (1, 2):
-        run_training(tmp_path, tokens, tmp_path / f"run{processes}", processes)
+        run_training(tmp_path, tokens, tmp_path / f"run{processes}", processes, launcher)
     one, two = (
-        load_file(tmp_path / f"run{n}/checkpoints/step-000020/model.safetensors") for n in (1, 2)
+        load_file(tmp_path / f"run{n}/checkpoints/step-000008/model.safetensors") for n in (1, 2)
     )
     for name, tensor in one.items():
         assert float((tensor - two[name]).abs().max()) < 1e-4, name

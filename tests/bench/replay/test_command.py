@@ -47,3 +47,55 @@ def test_bad_arguments_are_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def _measured(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[str]:
+    """The names of the clients that would be replayed."""
+    names: list[str] = []
+
+    class Enough(Exception):  # noqa: N818 - no error
+        """All are known."""
+
+    def replay(name: str, *_: object) -> None:
+        names.append(name)
+
+    def stop(*_: object) -> None:
+        raise Enough
+
+    monkeypatch.setattr("albor_serve.bench.replay.run.replay_client", replay)
+    monkeypatch.setattr("albor_serve.bench.replay.report.print_replay", stop)
+    with pytest.raises(Enough):
+        main(["replay", "--scenes", "1", *arguments])
+    return names
+
+
+def test_all_clients_that_can_run_are_replayed_and_the_others_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = ["albor", "albor-eager", "albor-eager-nodrafts", "albor-plain"]
+    monkeypatch.setattr("albor_serve.bench.peers.available_peers", lambda: ("llama-server",))
+    assert _measured(monkeypatch, "--lsp", "true") == [*ours, "llama-vim", "llama-plain"]
+    assert "left out" not in capsys.readouterr().err
+    monkeypatch.setattr("albor_serve.bench.peers.available_peers", lambda: ())
+    assert _measured(monkeypatch) == ours
+    error = capsys.readouterr().err
+    assert "left out: llama-vim; pip install" in error
+    assert "left out: llama-plain" in error
+    assert _measured(monkeypatch, "--llama-server", "/bin/true")[-1] == "llama-plain"
+    chosen = ["--client", "albor-plain", "--client", "albor", "--client", "albor-plain"]
+    assert _measured(monkeypatch, *chosen) == ["albor-plain", "albor"]
+    variant = ["--client", "albor-plain", "--variant", 'quick={"debounceMs": 0}']
+    assert _measured(monkeypatch, *variant) == ["albor-plain", "quick"]
+
+
+def test_what_is_not_installed_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("albor_serve.bench.peers.available_peers", lambda: ())
+    assert main(["replay", "--client", "llama-vim"]) == 2
+    assert "the client llama-vim can't run: pip install" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    assert main(["replay", "--client", "albor"]) == 2
+    assert "the client albor can't run: install albor with its" in capsys.readouterr().err
+    assert main(["replay", "--variant", "x={}"]) == 2
+    assert "--variant needs the language server" in capsys.readouterr().err
