@@ -120,25 +120,33 @@ require('albor').setup({{ ghost = 'own' }})
 
 
 @pytest.mark.parametrize(
-    ("name", "configuration", "visible", "close"),
+    ("name", "configuration", "menu", "visible", "show", "close"),
     [
-        ("blink.cmp", BLINK, "require('blink.cmp').is_visible()", "require('blink.cmp').hide()"),
-        ("nvim-cmp", CMP, "require('cmp').visible()", "require('cmp').close()"),
+        ("blink.cmp", BLINK, "blink.cmp", "is_visible", "show", "hide"),
+        ("nvim-cmp", CMP, "cmp", "visible", "complete", "close"),
     ],
 )
 def test_beside_a_menu(
-    open_window: Open, name: str, configuration: str, visible: str, close: str
+    open_window: Open,
+    name: str,
+    configuration: str,
+    menu: str,
+    visible: str,
+    show: str,
+    close: str,
 ) -> None:
     window = open_window(name, configuration)
     # A word that the menu has, and blink.cmp finds in the buffer.
     window.type("Gosomewhere = 1<C-\\><C-n>")
     first = suggests(window)
-    until(lambda: window.lua(f"return {visible} == true"), 10)
+    is_visible = f"return require('{menu}').{visible}() == true"
+    window.lua(f"require('{menu}').{show}() return 1")
+    until(lambda: window.lua(is_visible), 10)
     window.type("<M-w>")
     word = first.split("(")[0]
     until(lambda: window.line(6) == f"    ordered = so{word}", 5)
-    window.lua(f"{close} return 1")
-    until(lambda: not window.lua(f"return {visible} == true"), 5)
+    window.lua(f"require('{menu}').{close}() return 1")
+    until(lambda: not window.lua(is_visible), 5)
     until(lambda: window.ghost(), 10)
     rest = window.ghost().partition("\n")[0]
     window.type("<Tab>")
