@@ -21,7 +21,8 @@ test-slow:
 
 # Needs Chromium: apt-get install chromium.
 test-e2e:
-	sh scripts/test -m e2e
+	sh tests/e2e/editors.sh
+	sh tests/e2e/vscode.sh
 
 # How many small changes to the core logic the tests notice; the goal is 85 %.
 mutate: install

@@ -57,7 +57,7 @@ def test_the_backend_gets_the_models_words_and_frees_them(
     monkeypatch.setattr(cuda.CudaBackend, "from_gguf", _from_gguf(make))
     opened = open_backend(checkpoint, 2, 64, choice="cuda")
     assert opened.backend.info.num_slots == 2
-    assert opened.kind == "qwen3 Q4_0, 33M parameters"
+    assert opened.kind == "qwen3 Q4_0, 34M parameters"
     assert opened.tokenizer.decode(opened.tokenizer.encode("def f():")) == b"def f():"
     assert closed == []
     frees[0]()

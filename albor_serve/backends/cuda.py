@@ -8,6 +8,7 @@ Both write the same KV cache.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 import time
@@ -522,6 +523,9 @@ class CudaBackend:
     def _failed(self, error: DeviceError) -> None:
         """Remember what can't be mended; make room where that is what lacked."""
         if isinstance(error, DeviceLostError):
+            if self._failure is None:
+                # torch ends the process where it frees memory of a lost GPU: never do.
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
             self._failure = error
         elif isinstance(error, DeviceMemoryError) and self._device.type == "cuda":
             torch.cuda.empty_cache()

@@ -112,6 +112,8 @@ class Prefill:
             self._graphs[size, extent] = graph
             if progress is not None:
                 progress((done + 1) / len(kinds))
+        # What the first runs took; the graphs have memory of their own.
+        torch.cuda.empty_cache()
 
     def piece_len(self, num_tokens: int) -> int:
         """How many of the next `num_tokens` tokens the next piece takes."""

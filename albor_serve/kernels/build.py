@@ -146,10 +146,11 @@ class KernelBuild:
         """
         end = time.monotonic() + PATIENCE_S
         total = max(1, sum(self._left[: group + 1]))
-        while not self.is_done(group) and time.monotonic() < end:
-            if progress is not None:
-                progress(1 - sum(self._left[: group + 1]) / total)
-            self._done[group].wait(_LOOK_EVERY_S)
+        for event in self._done[: group + 1]:
+            while not event.is_set() and time.monotonic() < end:
+                if progress is not None:
+                    progress(1 - sum(self._left[: group + 1]) / total)
+                event.wait(_LOOK_EVERY_S)
 
     def close(self) -> None:
         """End what still runs. Harmless when called again."""

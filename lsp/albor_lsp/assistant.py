@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
+from albor_lsp.beyond import places_beyond, turns
 from albor_lsp.completion_cache import CompletionCache, Key
 from albor_lsp.context import Chunk, ContextBuilder, ContextSettings, Window
 from albor_lsp.document import Change, Document, Encoding, Point, Position
@@ -35,6 +36,11 @@ NUM_CHOICES: Final = 3
 """Suggestions to choose from when the person asked."""
 CHOICE_TEMPERATURE: Final = 0.6
 WARM_TOKENS: Final = 0
+AHEAD_TOKENS: Final = 32
+"""How far an answer ahead of the person goes."""
+NUM_ALTERNATIVES: Final = 10
+NUM_TURNS: Final = 10
+"""Places to be ready for where the person does not write what is suggested."""
 PATIENCE_MS: Final = 60.0
 """How long whole answers of several lines are waited for: then the lines that are there are shown,
 and the rest as soon as the person types on."""
@@ -167,6 +173,8 @@ class _Open:
     """Of the latest question; an older one gives up when it sees another's."""
     warming: asyncio.Task[None] | None = None
     ahead: asyncio.Task[None] | None = None
+    ahead_of: tuple[Key, str] | None = None
+    """Where `ahead` leads, and what it was for: it is not begun twice."""
     point: Point = ORIGIN
     asked_at: int = -1
     """Number of changes when a person's cursor was last asked about."""
@@ -473,13 +481,15 @@ class Assistant:
             if kept is not None and kept not in shown:
                 shown.append(kept)
         if not shown:
+            if source != "partial":
+                self._look_ahead(query, "")
             return []
         is_new = not query.opened.shown.endswith(shown[0]) and not self._goes_on(query, source)
         explained = Explained(query, shown[0], answer, source, now_ms() - started, is_new)
         query.opened.shown = shown[0]
         self.last = explained
         self._on_answer(explained)
-        if self._settings.look_ahead and self._works_ahead() and source != "partial":
+        if source != "partial":
             self._look_ahead(query, shown[0])
         return [self._suggestion(query, each, explained, selected) for each in shown]
 
@@ -648,21 +658,84 @@ class Assistant:
             await self.service.complete(ask)
 
     def _look_ahead(self, query: _Query, shown: str) -> None:
-        """Compute what follows if all of `shown` is accepted."""
+        """Have answers ready for what the person may do with a suggestion, or without one."""
+        if not self._settings.look_ahead or not self._works_ahead():
+            return
         opened = query.opened
+        leads_to = query.key, query.prefix + shown
+        if opened.ahead_of == leads_to:
+            return
         self._stop(opened.ahead)
-        window = replace(query.window, prefix=query.prefix + shown)
-        decision = should_ask(window.prefix, window.suffix, opened.document.language, False)
-        after = replace(query, window=window, decision=decision, typed_ahead="")
-        if decision.ask and self._found(after) is None:
-            opened.ahead = self._spawn(self._answer_ahead(after))
+        opened.ahead_of = leads_to
+        opened.ahead = self._spawn(self._work_ahead(query, shown))
 
-    async def _answer_ahead(self, query: _Query) -> None:
-        ask = replace(self._ask(query), supersede=False, is_background=True, drafts=())
+    async def _work_ahead(self, query: _Query, shown: str) -> None:
+        capabilities = self.service.capabilities
         with contextlib.suppress(LspError):
-            answer = await self.service.complete(ask)
-            if answer.texts:
-                self._cache.put(query.key, query.prefix, answer.texts[0], answer)
+            if capabilities is not None and capabilities.is_albor:
+                for turn in await self._go_beyond(query, shown):
+                    await self._answer_ahead(query, turn)
+            if shown:
+                await self._answer_ahead(query, shown)
+
+    async def _go_beyond(self, query: _Query, shown: str) -> list[str]:
+        """Keep what stands behind the gate; return where the person may turn off."""
+        ask = replace(
+            self._ask(query),
+            prefix=query.prefix,
+            typed_ahead="",
+            max_tokens=min(query.decision.max_tokens, self._settings.max_tokens, AHEAD_TOKENS),
+            supersede=False,
+            is_background=True,
+            drafts=(shown,) if shown else (),
+            min_confidence=0.0,
+            logprobs=True,
+            num_alternatives=NUM_ALTERNATIVES,
+        )
+        answer = await self.service.complete(ask)
+        tokens = self._tokens_of(answer)
+        places = places_beyond(
+            tokens,
+            answer.alternatives,
+            self._settings.min_confidence,
+            is_whole=len(tokens) < ask.max_tokens,
+        )
+        for typed, rest in places:
+            if typed:
+                self._cache.put(query.key, query.prefix + typed, rest, answer)
+        return turns(tokens, answer.alternatives, query.prefix, NUM_TURNS)
+
+    async def _answer_ahead(self, query: _Query, typed: str) -> None:
+        """Answer as if `typed` stood before the cursor."""
+        prefix = query.prefix + typed
+        language = query.opened.document.language
+        decision = should_ask(prefix, query.window.suffix, language, False)
+        window = replace(query.window, prefix=prefix)
+        after = replace(query, window=window, decision=decision, typed_ahead="")
+        if not decision.ask or self._found(after) is not None:
+            return
+        ask = replace(self._ask(after), supersede=False, is_background=True, drafts=())
+        answer = await self.service.complete(ask)
+        if answer.texts:
+            self._cache.put(after.key, prefix, answer.texts[0], answer)
+
+    def _tokens_of(self, answer: Answer) -> tuple[tuple[str, float], ...]:
+        """The tokens that the text is made of; none where they don't spell it."""
+        text, kept = (answer.texts or ("",))[0], []
+        spelled = ""
+        for piece, logprob in answer.tokens:
+            if len(spelled) >= len(text):
+                break
+            spelled += piece
+            kept.append((piece, logprob))
+        if spelled == text:
+            return tuple(kept)
+        if kept and spelled.startswith(text):
+            # The text ends inside of the last token, as at a line's end.
+            last, logprob = kept[-1]
+            kept[-1] = last[: len(last) - (len(spelled) - len(text))], logprob
+            return tuple(kept)
+        return ()
 
     def _works_ahead(self) -> bool:
         capabilities = self.service.capabilities

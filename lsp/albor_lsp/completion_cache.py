@@ -9,7 +9,7 @@ from typing import Final, Generic, TypeVar
 __all__ = ["CompletionCache", "Key"]
 
 MAX_PLACES: Final = 64
-MAX_ANSWERS: Final = 32
+MAX_ANSWERS: Final = 128
 
 InfoT = TypeVar("InfoT")
 

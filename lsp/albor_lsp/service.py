@@ -50,6 +50,8 @@ class Ask:
     num_choices: int = 1
     temperature: float = 0.0
     logprobs: bool = False
+    num_alternatives: int = 0
+    """Likeliest tokens to tell of at each place, with `logprobs`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,8 @@ class Answer:
     timings: Mapping[str, float] = field(default_factory=dict)
     tokens: tuple[tuple[str, float], ...] = ()
     """(text, log-probability), where asked for."""
+    alternatives: tuple[Mapping[str, float], ...] = ()
+    """For each token, the likeliest ones with their log-probabilities, where asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,7 +339,7 @@ def _albor_body(ask: Ask, model: str) -> dict[str, Any]:
     if ask.num_choices > 1:
         body["n"] = ask.num_choices
     if ask.logprobs:
-        body["logprobs"] = 0
+        body["logprobs"] = ask.num_alternatives
     return body
 
 
@@ -372,6 +376,7 @@ class _Collected:
         self._choice: dict[str, Any] = {}
         self._whole: dict[str, Any] = {}
         self._tokens: list[tuple[str, float]] = []
+        self._alternatives: list[dict[str, float]] = []
 
     def add(self, event: dict[str, Any]) -> None:
         """Take an event of a stream, or a whole answer."""
@@ -396,6 +401,7 @@ class _Collected:
                     )
                     if value is not None
                 ]
+                self._alternatives += [top or {} for top in logprobs.get("top_logprobs") or ()]
         self._whole |= event.get("albor") or {}
 
     def _take(self, index: int, piece: str) -> None:
@@ -415,6 +421,7 @@ class _Collected:
                 if isinstance(value, int | float)
             },
             tokens=tuple(self._tokens),
+            alternatives=tuple(self._alternatives),
         )
 
 

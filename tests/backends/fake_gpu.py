@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -58,12 +58,12 @@ class GreedySampler(DeviceSampler):
 class TorchDecoder:
     """`GpuDecoder` by the plain model: the same buffers, and padded rows are written, too."""
 
-    def __init__(self, model: Decoder, weights: DecodeWeights, room: int) -> None:
+    def __init__(
+        self, model: Decoder, weights: DecodeWeights, cache: tuple[Tensor, Tensor]
+    ) -> None:
         c: ModelConfig = weights.config
-        kv = (c.num_layers, c.num_kv_heads, room, c.head_dim)
         self.weights = weights
-        self.keys = torch.zeros(kv, dtype=torch.float16)
-        self.values = torch.zeros(kv, dtype=torch.float16)
+        self.keys, self.values = cache
         self.position = torch.zeros(1, dtype=torch.int32)
         self.tokens = torch.zeros(8, dtype=torch.int32)
         self.logits = torch.zeros(8, c.vocab_size)
@@ -88,6 +88,10 @@ class TorchDecoder:
             self.logits[: plan.num_tokens] = self._model.logits(hidden)[0].float()
         if sampler is not None:
             sampler.choose(self.logits, self.best, self.tokens, self.position, 1, pdl=False)
+
+    def launches(self, *_: object, **__: object) -> Iterator[Any]:
+        """Nothing has to be compiled."""
+        return iter(())
 
     def capture(
         self,

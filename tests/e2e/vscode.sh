@@ -48,9 +48,10 @@ fi
 run() { "$python" -m pytest --no-cov -m e2e tests/e2e/test_vscode*.py "$@"; }
 status=0
 run "$@" || status=$?
-if [ "$status" = 1 ]; then
-    echo "once more what failed: a busy machine may be to blame, albor fails twice" >&2
+for again in 1 2; do
+    [ "$status" = 1 ] || break
+    echo "what failed again ($again): a busy machine may be to blame, albor fails three times" >&2
     status=0
     run --last-failed --last-failed-no-failures none "$@" || status=$?
-fi
+done
 exit "$status"

@@ -20,12 +20,14 @@ class FakeServer:
     """albor-serve's routes. `reply` turns a body into the text of its answer.
 
     Attributes:
+        logprobs: makes the log-probabilities of a body's answer; without it, one sure token.
         bodies: of all completion requests.
         num_closed: connections closed by the client while an answer was awaited.
     """
 
     def __init__(self, reply: Reply = lambda _body: "x") -> None:
         self.reply = reply
+        self.logprobs: Callable[[dict[str, Any]], dict[str, Any]] | None = None
         self.models: Any = {"data": [{"id": "fake", "owned_by": "albor"}]}
         self.delay_s = 0.0
         self.piece_delay_s = 0.0
@@ -124,7 +126,9 @@ class FakeServer:
         if not body.get("stream"):
             choices = [{"index": i, "text": text} for i in range(body.get("n", 1))]
             for choice in choices:
-                if "logprobs" in body:
+                if "logprobs" in body and self.logprobs is not None:
+                    choice["logprobs"] = self.logprobs(body)
+                elif "logprobs" in body:
                     choice["logprobs"] = {"tokens": [text], "token_logprobs": [-0.1]}
             _send(out, 200, {"content": text} if is_infill else {"choices": choices})
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -155,11 +156,96 @@ def test_the_suggestion_after_acceptance_is_there_already() -> None:
             )
             person = Typist(assistant, HEAD)
             assert await person.ask() == ["first + second"]
-            await until(lambda: len(server.asked) == 2)
-            assert server.bodies[1]["albor"]["priority"] == "background"
+            await until(lambda: len(server.asked) == 3)
+            assert [body["albor"].get("priority") for body in server.bodies] == [
+                None,
+                "background",
+                "background",
+            ]
+            await asyncio.sleep(0.05)
             person.type("first + second")
+            server.reply = lambda _body: "never shown"
             assert await person.ask() == ["\n    return total"]
-            assert len(server.asked) == 2
+
+    run(main())
+
+
+def _spell(*tokens: tuple[str, float, dict[str, float]]) -> dict[str, Any]:
+    """The log-probabilities of a whole answer."""
+    return {
+        "tokens": [text for text, _, _ in tokens],
+        "token_logprobs": [math.log(chance) for _, chance, _ in tokens],
+        "top_logprobs": [
+            {other: math.log(value) for other, value in {**others, text: chance}.items()}
+            for text, chance, others in tokens
+        ],
+    }
+
+
+def test_where_the_person_may_turn_off_is_computed_before() -> None:
+    async def main() -> None:
+        settings = Settings(prefetch=False, warm_up=False)
+        async with assisted(settings) as (server, assistant):
+
+            def reply(body: dict[str, Any]) -> str:
+                if "logprobs" in body:
+                    return "first + second"
+                return {"= ": "first", "= s": "econd"}.get(body["prompt"][len(HEAD) - 2 :], "")
+
+            server.reply = reply
+            server.logprobs = lambda _body: _spell(
+                ("first", 0.9, {"second": 0.05}), (" +", 0.2, {")": 0.1}), (" second", 0.9, {})
+            )
+            person = Typist(assistant, HEAD)
+            assert await person.ask() == ["first"]
+            await until(lambda: any(body["prompt"] == HEAD + "s" for body in server.asked))
+            await asyncio.sleep(0.1)
+            asked = len(server.asked)
+            ahead = [body for body in server.asked[1:] if "logprobs" not in body]
+            assert all(body["albor"]["min_confidence"] == 0.3 for body in ahead)
+            shown = server.asked[1]
+            assert shown["logprobs"] == 10
+            assert "min_confidence" not in shown["albor"]
+            server.reply = lambda _body: "never shown"
+            person.type("s")
+            assert await person.ask() == ["econd"]
+            person = Typist(assistant, HEAD)
+            assert len(server.asked) >= asked
+
+    run(main())
+
+
+def test_what_stands_behind_the_gate_is_there_when_it_is_reached() -> None:
+    async def main() -> None:
+        settings = Settings(prefetch=False, warm_up=False)
+        async with assisted(settings) as (server, assistant):
+            server.reply = lambda body: "first + second" if "logprobs" in body else ""
+            server.logprobs = lambda _body: _spell(
+                ("first", 0.2, {}), (" +", 0.9, {}), (" second", 0.9, {})
+            )
+            person = Typist(assistant, HEAD)
+            assert await person.ask() == []
+            await until(lambda: len(server.asked) >= 2)
+            await asyncio.sleep(0.05)
+            server.reply = lambda _body: "never shown"
+            person.type("first")
+            assert await person.ask() == [" + second"]
+
+    run(main())
+
+
+def test_work_ahead_is_not_begun_twice_while_typing_agrees() -> None:
+    async def main() -> None:
+        settings = Settings(prefetch=False, warm_up=False)
+        async with assisted(settings) as (server, assistant):
+            server.reply = lambda _body: "first + second"
+            person = Typist(assistant, HEAD)
+            await person.ask()
+            for char in "first":
+                person.type(char)
+                await person.ask()
+            await asyncio.sleep(0.1)
+            assert len([body for body in server.asked if "logprobs" in body]) == 1
 
     run(main())
 

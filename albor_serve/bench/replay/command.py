@@ -50,6 +50,12 @@ def add_replay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default=None,
         help="fixed number (albor-serve: its own choice; others: the physical cores)",
     )
+    parser.add_argument(
+        "--interleave",
+        action="store_true",
+        help="all clients at once, scene by scene in random order: what else the machine does "
+        "then falls on all of them",
+    )
     parser.add_argument("--ctx", type=int, default=2048, help="tokens (%(default)s)")
     parser.add_argument(
         "--llama-server",
@@ -82,7 +88,7 @@ def _replay(options: argparse.Namespace) -> int:
     from albor_serve.bench.machine import describe_machine
     from albor_serve.bench.peers import PeerOptions
     from albor_serve.bench.replay.report import plot_replay, print_replay, replay_json
-    from albor_serve.bench.replay.run import ReplaySettings, replay_client
+    from albor_serve.bench.replay.run import ReplaySettings, replay_clients
     from albor_serve.bench.replay.scenes import load_scenes, pick_scenes
     from albor_serve.bench.replay.typist import FAST, NORMAL
     from albor_serve.bench.report import write_text
@@ -119,7 +125,8 @@ def _replay(options: argparse.Namespace) -> int:
         def show(text: str, part: float) -> None:
             bar.update(task, description=text, completed=part)
 
-        figures = [replay_client(name, scenes, settings, show) for name in names]
+        groups = [names] if options.interleave else [[name] for name in names]
+        figures = [one for group in groups for one in replay_clients(group, scenes, settings, show)]
     print_replay(Console(width=None if sys.stdout.isatty() else 140), machine, figures, settings)
     if options.json:
         write_text(options.json, replay_json(machine, figures, settings))

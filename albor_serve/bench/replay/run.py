@@ -1,9 +1,14 @@
-"""One replay: each client in turn, with a server of its own, through the same scenes."""
+"""One replay: clients, each with a server of its own, through the same scenes.
+
+One after the other, or scene by scene in random order, so that what else the machine does meanwhile
+falls on all of them.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,10 +35,19 @@ from albor_serve.bench.replay.servers import open_server, read_totals
 from albor_serve.bench.replay.typist import Typist
 from albor_serve.bench.replay.user import Person, SceneTrace
 
-__all__ = ["CLIENTS", "OURS", "ReplaySettings", "replay_client", "replay_scenes"]
+__all__ = [
+    "CLIENTS",
+    "OURS",
+    "ReplaySettings",
+    "replay_client",
+    "replay_clients",
+    "replay_scenes",
+]
 
 NUM_CANCELS: Final = 5
 CANCEL_AFTER_S: Final = 0.05
+SETTLE_S: Final = 0.5
+"""Between scenes of different clients: until one's unseen work has ended."""
 
 Show = Callable[[str, float], None]
 
@@ -115,38 +129,73 @@ def replay_client(
     name: str, scenes: Sequence[Scene], settings: ReplaySettings, show: Show
 ) -> ClientFigures:
     """Start the server, replay all scenes, stop it."""
-    kind = CLIENTS[OURS if name in settings.variants else name]
-    with open_server(kind.server, settings.model, settings.options, kind.arguments) as served:
-        return asyncio.run(
-            _replay(name, kind, served.address, served.peer.cpu_seconds, scenes, settings, show)
-        )
+    return replay_clients([name], scenes, settings, show)[0]
+
+
+def replay_clients(
+    names: Sequence[str], scenes: Sequence[Scene], settings: ReplaySettings, show: Show
+) -> list[ClientFigures]:
+    """Start all clients and their servers, replay each scene with each of them, stop them."""
+    with contextlib.ExitStack() as servers:
+        running = []
+        for name in names:
+            kind = CLIENTS[OURS if name in settings.variants else name]
+            served = servers.enter_context(
+                open_server(kind.server, settings.model, settings.options, kind.arguments)
+            )
+            clock = Clock(skip_idle=settings.skip_idle and not kind.is_real_time)
+            setup = Setup(
+                name, served.address, clock, settings.lsp_command, settings.variants.get(name, {})
+            )
+            client = kind.make(setup)
+            running.append(_Running(client, kind, served.address, clock, served.peer.cpu_seconds))
+        return asyncio.run(_replay(running, scenes, settings, show))
+
+
+@dataclass(slots=True)
+class _Running:
+    """A client and what is counted for it."""
+
+    client: Client
+    kind: ClientKind
+    address: str
+    clock: Clock
+    cpu_seconds: Callable[[], float]
+    """Of its server, so far."""
+    traces: list[SceneTrace] = field(default_factory=list)
 
 
 async def _replay(
-    name: str,
-    kind: ClientKind,
-    address: str,
-    cpu_seconds: Callable[[], float],
-    scenes: Sequence[Scene],
-    settings: ReplaySettings,
-    show: Show,
-) -> ClientFigures:
-    clock = Clock(skip_idle=settings.skip_idle and not kind.is_real_time)
-    lsp_settings = settings.variants.get(name, {})
-    client = kind.make(Setup(name, address, clock, settings.lsp_command, lsp_settings))
-    await client.start()
-    try:
-        before = await read_totals(address)
-        server_cpu, client_cpu = cpu_seconds(), client.cpu_seconds()
-        traces = await replay_scenes(scenes, client, settings, clock, show)
-        figures = figures_of(name, traces, client.work, before, await read_totals(address))
-        figures.server_cpu_s = cpu_seconds() - server_cpu
-        figures.client_cpu_s = client.cpu_seconds() - client_cpu
-        figures.skipped_s = clock.skipped_s
-    finally:
-        await client.stop()
-    figures.cancel_to_idle_ms = await _cancel_to_idle_ms(address, kind.dialect, scenes[0])
-    return figures
+    running: Sequence[_Running], scenes: Sequence[Scene], settings: ReplaySettings, show: Show
+) -> list[ClientFigures]:
+    async with contextlib.AsyncExitStack() as clients:
+        for one in running:
+            await one.client.start()
+            clients.push_async_callback(one.client.stop)
+        before = [await read_totals(one.address) for one in running]
+        cpu = [(one.cpu_seconds(), one.client.cpu_seconds()) for one in running]
+        order = random.Random(settings.seed)
+        for at, scene in enumerate(scenes):
+            for one in order.sample(running, len(running)):
+                if len(running) > 1:
+                    await asyncio.sleep(SETTLE_S)
+
+                def part(text: str, _: float, at: int = at) -> None:
+                    show(text, at / len(scenes))
+
+                one.traces += await replay_scenes([scene], one.client, settings, one.clock, part)
+        results = []
+        for one, totals, (server, client) in zip(running, before, cpu, strict=True):
+            after = await read_totals(one.address)
+            figures = figures_of(one.client.name, one.traces, one.client.work, totals, after)
+            figures.server_cpu_s = one.cpu_seconds() - server
+            figures.client_cpu_s = one.client.cpu_seconds() - client
+            figures.skipped_s = one.clock.skipped_s
+            results.append(figures)
+    for one, figures in zip(running, results, strict=True):
+        delay = await _cancel_to_idle_ms(one.address, one.kind.dialect, scenes[0])
+        figures.cancel_to_idle_ms = delay
+    return results
 
 
 async def replay_scenes(

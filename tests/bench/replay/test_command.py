@@ -31,6 +31,17 @@ def test_a_tiny_live_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_clients_take_turns_scene_by_scene(tmp_path: Path) -> None:
+    path = tmp_path / "replay.json"
+    clients = ["--client", "albor-plain", "--client", "albor-eager"]
+    assert main(["replay", "--scenes", "2", "--interleave", *clients, "--json", str(path)]) == 0
+    results = json.loads(path.read_text())["clients"]
+    assert [client["client"] for client in results] == ["albor-plain", "albor-eager"]
+    for client in results:
+        assert client["num_keys"] > 0
+        assert client["server_cpu_s"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -56,13 +67,14 @@ def _measured(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[str]:
     class Enough(Exception):  # noqa: N818 - no error
         """All are known."""
 
-    def replay(name: str, *_: object) -> None:
-        names.append(name)
+    def replay(group: list[str], *_: object) -> list[object]:
+        names.extend(group)
+        return []
 
     def stop(*_: object) -> None:
         raise Enough
 
-    monkeypatch.setattr("albor_serve.bench.replay.run.replay_client", replay)
+    monkeypatch.setattr("albor_serve.bench.replay.run.replay_clients", replay)
     monkeypatch.setattr("albor_serve.bench.replay.report.print_replay", stop)
     with pytest.raises(Enough):
         main(["replay", "--scenes", "1", *arguments])
