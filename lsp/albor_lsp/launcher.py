@@ -109,7 +109,7 @@ class Launcher:
             await asyncio.sleep(POLL_S / 5)
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
-            if _answers(files["socket"]):
+            if _answers(files["socket"]) and await _speaks(files["socket"]):
                 self._num_failed = 0
                 return
             if is_free(files["server"]):
@@ -176,6 +176,20 @@ def _answers(path: Path) -> bool:
             probe.connect(str(path))
         except OSError:
             return False
+    return True
+
+
+async def _speaks(path: Path) -> bool:
+    """Whether what listens there lives to answer: a server that has no model listens, then ends."""
+    client = HttpClient(Address(socket_path=str(path)))
+    try:
+        await client.get("/v1/models", timeout_s=LOOK_S)
+    except ServerDownError:
+        return False
+    except LspError:
+        return True
+    finally:
+        await client.close()
     return True
 
 

@@ -320,7 +320,8 @@ class LanguageServer:
                     "label": label,
                     "kind": 1,
                     "filterText": word,
-                    "sortText": "\u0000",
+                    # First of all; U+0000 would be too, but Emacs 28 cannot read that.
+                    "sortText": "\u0001",
                     "preselect": True,
                     "insertTextFormat": 1,
                     "textEdit": {

@@ -21,11 +21,12 @@ ROOT = Path(__file__).resolve().parents[2]
 class Helix:
     """A Helix on a screen of its own."""
 
-    def __init__(self, program: str, home: Path, file: Path) -> None:
+    def __init__(self, program: str, home: Path, file: Path, languages: str = "") -> None:
         self._name = f"albor-{uuid.uuid4().hex[:8]}"
         config = home / ".config" / "helix"
         config.mkdir(parents=True)
-        shutil.copy(ROOT / "editors/helix/languages.toml", config)
+        written = languages or (ROOT / "editors/helix/languages.toml").read_text()
+        (config / "languages.toml").write_text(written)
         self._env = environment(home)
         self._tmux("new-session", "-d", "-x", "110", "-y", "24", "-c", str(file.parent), program,
                    str(file))  # fmt: skip
@@ -85,3 +86,30 @@ def test_the_menu_offers_the_suggestion_and_takes_it_over(helix: tuple[Helix, Pa
         assert time.monotonic() < end, running.screen()
         time.sleep(0.1)
     assert file.read_text().startswith("def mean(values):")
+
+
+@pytest.mark.parametrize(
+    ("command", "url"),
+    [("no-such-program", ""), ("albor-lsp", "http://127.0.0.1:9")],
+    ids=["no language server", "wrong port"],
+)
+def test_without_its_servers_helix_stays_usable(tmp_path: Path, command: str, url: str) -> None:
+    program = editor("hx", "ALBOR_HELIX")
+    if shutil.which("tmux") is None:
+        pytest.skip("tmux is not installed")
+    file = tmp_path / "project" / "stats.py"
+    file.parent.mkdir()
+    file.write_text(CODE)
+    languages = (ROOT / "editors/helix/languages.toml").read_text()
+    languages = languages.replace('"albor-lsp"', f'"{command}"')
+    languages += f'\n[language-server.albor.environment]\nALBOR_SERVER_URL = "{url}"\n'
+    running = Helix(program, tmp_path, file, languages)
+    try:
+        running.wait_for("def median")
+        running.type("6GA", "so", "C-x", "Escape", ":wq", "Enter")
+        end = time.monotonic() + 10
+        while "    ordered = so\n" not in file.read_text():
+            assert time.monotonic() < end, running.screen()
+            time.sleep(0.1)
+    finally:
+        running.close()

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -267,6 +269,48 @@ def test_a_wrong_port_is_told_by_the_status_alone(open_window: Open) -> None:
     status = window.lua("return vim.fn.execute('Albor status')")
     assert "offline" in status
     assert "127.0.0.1:9" in status
+
+
+def test_a_port_that_another_program_has_is_told_by_the_status(open_window: Open) -> None:
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(404)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Other) as busy:
+        Thread(target=busy.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{busy.server_port}"
+        window = open_window(f"{{ settings = {{ serverUrl = 'http://{address}' }} }}")
+        until(lambda: "no completion server" in window.lua("return require('albor').summary()"))
+        assert address in window.lua("return require('albor').summary()")
+        window.type("6GAso<C-\\><C-n>")
+        until(lambda: window.line(6) == "    ordered = so", 5)
+        busy.shutdown()
+
+
+def test_a_language_server_without_its_python_is_told_by_the_status(
+    open_window: Open, home: Path
+) -> None:
+    program = home / "broken"
+    program.write_text("#!/no/such/python\n")
+    program.chmod(0o755)
+    window = open_window(f"{{ cmd = {{ '{program}' }} }}")
+    window.type("6GAso<C-\\><C-n>")
+    until(lambda: window.line(6) == "    ordered = so", 5)
+    assert "not running" in window.lua("return require('albor').summary()")
+    program.write_text("#!/bin/sh\nexit 127\n")
+    window.type(":silent! Albor start<CR>")
+    until(lambda: "ended with code 127" in window.lua("return require('albor').summary()"), 10)
+
+
+def test_without_a_model_the_status_names_it(open_window: Open) -> None:
+    window = open_window("{ settings = { serverCommand = {'albor-serve', '/no/model.gguf'} } }")
+    until(lambda: "/no/model.gguf" in window.lua("return require('albor').summary()"), 60)
+    assert window.lua("return require('albor').status.state") != "ready"
+    window.type("6GAso<C-\\><C-n>")
+    until(lambda: window.line(6) == "    ordered = so", 5)
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,30 @@ def test_a_server_that_cannot_start_says_why_and_is_not_tried_at_once(
     run(main())
 
 
+def test_a_server_that_listens_and_then_ends_has_not_started(
+    tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    async def main() -> None:
+        program = tmp_path / "brief.py"
+        program.write_text(
+            "import socket, sys, time\n"
+            "listening = socket.socket(socket.AF_UNIX)\n"
+            "listening.bind(sys.argv[sys.argv.index('--uds') + 1])\n"
+            "listening.listen()\n"
+            "time.sleep(0.4)\n"
+            "sys.exit('there is no model at model.gguf')\n"
+        )
+        settings = Settings(server_command=(sys.executable, str(program)))
+        launcher = Launcher()
+        try:
+            with pytest.raises(ServerDownError, match=r"no model at model\.gguf"):
+                await launcher.find(settings, lambda _text: None)
+        finally:
+            launcher.close()
+
+    run(main())
+
+
 def test_a_named_server_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         launcher = Launcher()

@@ -408,6 +408,7 @@ def test_recorded_capabilities(tmp_path: Path, name: str) -> None:
                     assert isinstance(found, types.CompletionList)
                     items = list(found.items)
             assert items[0].label == "first + second"
+            assert "\0" not in (items[0].sort_text or ""), "Emacs 28 cannot read it"
             await client.shutdown_session()
             await client.stop()
 
