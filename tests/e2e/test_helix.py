@@ -113,3 +113,52 @@ def test_without_its_servers_helix_stays_usable(tmp_path: Path, command: str, ur
             time.sleep(0.1)
     finally:
         running.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "shown"),
+    [
+        ("huge.py", b"x = 1  # one of very many lines\n" * 1_700_000, "one of very many"),
+        ("data.py", bytes(range(256)) * 64, "data.py"),
+    ],
+    ids=["50 MB", "binary"],
+)
+def test_files_that_nobody_completes_can_be_edited(
+    tmp_path: Path, name: str, content: bytes, shown: str
+) -> None:
+    program = editor("hx", "ALBOR_HELIX")
+    if shutil.which("tmux") is None:
+        pytest.skip("tmux is not installed")
+    file = tmp_path / "project" / name
+    file.parent.mkdir()
+    file.write_bytes(content)
+    running = Helix(program, tmp_path, file)
+    try:
+        running.wait_for(shown)
+        running.type("i")
+        running.wait_for("INS")
+        running.type("Q", "Z", "Escape")
+        running.wait_for("QZ")
+        running.type(":q!", "Enter")
+    finally:
+        running.close()
+    assert file.read_bytes() == content
+
+
+def test_a_folder_that_cant_be_written_to(tmp_path: Path) -> None:
+    program = editor("hx", "ALBOR_HELIX")
+    if shutil.which("tmux") is None:
+        pytest.skip("tmux is not installed")
+    file = tmp_path / "project" / "stats.py"
+    file.parent.mkdir()
+    file.write_text(CODE)
+    file.chmod(0o444)
+    file.parent.chmod(0o555)
+    running = Helix(program, tmp_path, file)
+    try:
+        running.wait_for("def median")
+        running.type("6GA", "so", "C-x", "Escape")
+        running.wait_for("ordered = so")
+    finally:
+        running.close()
+        file.parent.chmod(0o755)

@@ -345,3 +345,17 @@ def test_a_read_only_folder_does_no_harm(open_window: Open, home: Path) -> None:
 def test_as_a_plain_package_it_needs_no_setup(open_window: Open, home: Path) -> None:
     window = ready(open_window(""))
     assert shown(window, "6GAso")
+
+
+def test_file_types_and_the_time_before_asking_can_be_set(open_window: Open) -> None:
+    window = open_window("{ filetypes = { 'lua' }, ghost = 'own' }")
+    window.type("6GAso")
+    time.sleep(2)
+    assert not window.lua("return #vim.lsp.get_clients({name = 'albor'}) > 0")
+    assert window.ghost() == ""
+
+    slow = ready(open_window("{ filetypes = { 'python' }, ghost = 'own', debounce_ms = 1500 }"))
+    slow.type("6GAso")
+    began = time.monotonic()
+    until(lambda: slow.ghost(), 20)
+    assert time.monotonic() - began > 1.0

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.scripts import run_script
+
+pytest.importorskip("triton")
 
 # 1,100 columns end within a block of SwiGLU. Eight heads fill their block and 11 don't; three
 # tokens end within one too, and ten are shared unevenly by three programs.
