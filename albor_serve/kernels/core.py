@@ -95,9 +95,10 @@ def _mma_asm(*, one_token: bool) -> str:
 SUM_BYTES = 24576
 """Shared memory that `across_warps` has: (bands + 1) · warps · 512 bytes must fit."""
 X_BYTES = 16384
-"""Shared memory for one token's activations, behind that of the sums."""
+"""Shared memory for one token's activations, behind that for sums."""
 
-_BASE = f"{{ .shared .align 16 .b8 sums[{SUM_BYTES + X_BYTES}]; mov.b32 $0, sums; }}"
+_BASE = f"{{ .shared .align 16 .b8 sums[{SUM_BYTES}]; mov.b32 $0, sums; }}"
+_STAGING_BASE = f"{{ .shared .align 16 .b8 sums[{SUM_BYTES + X_BYTES}]; mov.b32 $0, sums; }}"
 
 _SETTLE = "{ .reg .pred p; setp.ne.u32 p, 0, 0; bar.red.popc.u32 $0, 0, p; }"
 
@@ -170,6 +171,7 @@ if hasattr(tl, "dot"):
     X_AT = tl.constexpr(SUM_BYTES)
     SHARE_SOME_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,f,f,f,f,r,r,r,r,r,r,r,r")
     BASE = tl.constexpr(_BASE)
+    STAGING_BASE = tl.constexpr(_STAGING_BASE)
     SHARE = tl.constexpr(_SHARE)
     SHARE_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,f,f,f,f,r,r,r,r")
     ACROSS_4 = tl.constexpr(_across_asm(4))
@@ -523,10 +525,14 @@ def sum_rows(x, MP: tl.constexpr, ASM: tl.constexpr):
 
 
 @jit()
-def shared_base(ASM: tl.constexpr):
-    """Address of the program's shared memory for `share`. Call it once in a kernel."""
+def shared_base(ASM: tl.constexpr, STAGED: tl.constexpr = False):
+    """Address of the program's shared memory for `share`, and with STAGED for `stage_x`.
+
+    Call it once in a kernel.
+    """
     if ASM:
-        return tl.inline_asm_elementwise(BASE, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+        code: tl.constexpr = STAGING_BASE if STAGED else BASE
+        return tl.inline_asm_elementwise(code, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
     return 0
 
 

@@ -4,6 +4,9 @@
 With PDL (programmatic dependent launch, Hopper and later) a kernel starts while the one before it
 still runs: it loads its weights, then waits for the other's results. Every kernel waits, so one
 that has waited knows that all before it are complete.
+
+All ask for the same amount of shared memory, needed or not: a multiprocessor may have to become idle
+before it divides its memory otherwise, and then no kernel could start early.
 """
 
 from __future__ import annotations
@@ -137,7 +140,7 @@ def qkv_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, qkv_ptr, next_ptr,
     _start(PDL)
     band = tl.program_id(0)
     e = tl.arange(0, W * 128)
-    base = shared_base(ASM)
+    base = shared_base(ASM, True)
     tiles = load_bands(w_ptr, band, KT, 1, STREAM, e, W)
     prefetch_lines(next_ptr, NEXT, W * 32, ASM)
     _wait(PDL)
@@ -171,7 +174,7 @@ def attention_one_kernel(qkv_ptr, k_ptr, v_ptr, rope_ptr, qn_ptr, kn_ptr, att_pt
     _start(PDL)
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
-    shared = shared_base(ASM)
+    shared = shared_base(ASM, True)
     base = kv_head * max_len * D
     r = tl.arange(0, RL)[:, None, None]
     i = tl.arange(0, QH)[None, :, None]
@@ -262,7 +265,7 @@ def output_kernel(w_ptr, att_ptr, lse_ptr, h_ptr, out_ptr, g_ptr, scale_ptr, x_p
     _start(PDL)
     band = tl.program_id(0)
     e = tl.arange(0, W * 128)
-    base = shared_base(ASM)
+    base = shared_base(ASM, True)
     tiles = load_bands(w_ptr, band, KT, 1, STREAM, e, W)
     prefetch_lines(next_ptr, NEXT, W * 32, ASM)
     _wait(PDL)
@@ -287,7 +290,7 @@ def gate_up_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, inverse_ptr, act_ptr, next_
     _start(PDL)
     band = tl.program_id(0) * NB
     e = tl.arange(0, W * 128)
-    base = shared_base(ASM)
+    base = shared_base(ASM, True)
     tiles = load_bands(w_ptr, band, KT, NB, STREAM, e, W)
     prefetch_lines(next_ptr, NEXT, W * 32, ASM)
     _wait(PDL)
@@ -323,7 +326,7 @@ def feed_forward_kernel(w_ptr, act_ptr, h_ptr, out_ptr, g_ptr, scale_ptr, x_ptr,
     _start(PDL)
     band = tl.program_id(0)
     e = tl.arange(0, W * 128)
-    base = shared_base(ASM)
+    base = shared_base(ASM, True)
     tiles = load_bands(w_ptr, band, KT, 1, STREAM, e, W)
     _wait(PDL)
     residual = _load_residual(h_ptr, g_ptr, scale_ptr, band, N, M, MP, W)
@@ -347,7 +350,7 @@ def head_kernel(w_ptr, x_ptr, sums_ptr, last_ptr, logits_ptr, keys_ptr, eps, num
     """
     _start(PDL)
     e = tl.arange(0, W * 128)
-    base = shared_base(ASM)
+    base = shared_base(ASM, True)
     band = tl.program_id(0) * W + e // 128
     on = band < num_bands
     row_of_tiles = tl.where(on, band, 0) * KT
