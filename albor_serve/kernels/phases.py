@@ -5,8 +5,8 @@ With PDL (programmatic dependent launch, Hopper and later) a kernel starts while
 still runs: it loads its weights, then waits for the other's results. Every kernel waits, so one
 that has waited knows that all before it are complete.
 
-All ask for the same amount of shared memory, needed or not: a multiprocessor may have to become idle
-before it divides its memory otherwise, and then no kernel could start early.
+All ask for the same amount of shared memory, needed or not: a multiprocessor may have to become
+idle before it divides its memory otherwise, and then no kernel could start early.
 """
 
 from __future__ import annotations
