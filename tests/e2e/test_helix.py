@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import time
 import uuid
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.stack import CODE, editor, environment
+from tests.e2e.test_nvim_plugin import servers
 
 pytestmark = pytest.mark.e2e
 
@@ -24,7 +27,7 @@ class Helix:
     def __init__(self, program: str, home: Path, file: Path, languages: str = "") -> None:
         self._name = f"albor-{uuid.uuid4().hex[:8]}"
         config = home / ".config" / "helix"
-        config.mkdir(parents=True)
+        config.mkdir(parents=True, exist_ok=True)
         written = languages or (ROOT / "editors/helix/languages.toml").read_text()
         (config / "languages.toml").write_text(written)
         self._env = environment(home)
@@ -68,8 +71,8 @@ def helix(tmp_path: Path) -> Iterator[tuple[Helix, Path]]:
     running.close()
 
 
-def test_the_menu_offers_the_suggestion_and_takes_it_over(helix: tuple[Helix, Path]) -> None:
-    running, file = helix
+def offered(running: Helix) -> None:
+    """Type at the end of line 6 until the menu holds the suggestion."""
     running.wait_for("def median")
     running.type("6GA")
     end = time.monotonic() + 40
@@ -80,6 +83,62 @@ def test_the_menu_offers_the_suggestion_and_takes_it_over(helix: tuple[Helix, Pa
         time.sleep(1.0)
         if "sorted(values" not in running.screen():
             running.type("BSpace", "BSpace")
+
+
+def written(running: Helix, file: Path, text: str) -> None:
+    """Save, and wait until the file holds the text."""
+    running.type("Escape", ":w", "Enter")
+    end = time.monotonic() + 10
+    while text not in file.read_text():
+        assert time.monotonic() < end, running.screen()
+        time.sleep(0.1)
+
+
+def test_one_undo_takes_it_back_and_the_server_may_die(
+    helix: tuple[Helix, Path], tmp_path: Path
+) -> None:
+    running, file = helix
+    offered(running)
+    running.type("Tab", "Enter")
+    written(running, file, "ordered = sorted(values")
+    running.type("u")
+    written(running, file, CODE)
+    assert file.read_text() == CODE
+
+    (pid,) = servers(tmp_path)
+    os.kill(pid, signal.SIGKILL)
+    offered(running)
+    running.type("Tab", "Enter")
+    written(running, file, "ordered = sorted(values")
+
+
+def test_two_windows_share_a_server_and_leave_nothing(
+    helix: tuple[Helix, Path], tmp_path: Path
+) -> None:
+    running, file = helix
+    offered(running)
+    other = file.with_name("other.py")
+    other.write_text(CODE)
+    second = Helix(editor("hx", "ALBOR_HELIX"), tmp_path, other)
+    try:
+        offered(second)
+        assert len(servers(tmp_path)) == 1
+        second.type("Tab", "Enter")
+        written(second, other, "ordered = sorted(values")
+        second.type(":q", "Enter")
+        assert len(servers(tmp_path)) == 1
+    finally:
+        second.close()
+    running.type("Escape", ":q!", "Enter")
+    end = time.monotonic() + 30
+    while left := servers(tmp_path):
+        assert time.monotonic() < end, left
+        time.sleep(0.2)
+
+
+def test_the_menu_offers_the_suggestion_and_takes_it_over(helix: tuple[Helix, Path]) -> None:
+    running, file = helix
+    offered(running)
     running.type("Tab", "Enter", "Escape", ":wq", "Enter")
     end = time.monotonic() + 10
     while "ordered = sorted(values" not in file.read_text():
